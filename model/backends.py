@@ -1,0 +1,160 @@
+"""Puts every backend in place, once, before the first megatron import.
+
+Each stand-in is installed only where the real thing is missing, each separately: a GPU
+machine without Transformer Engine is fine. The table says what runs on what.
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from dataclasses import asdict, dataclass
+
+from recipes.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of the start-up table."""
+
+    component: str
+    kind: str
+    """real, stand-in or absent."""
+    version: str
+    runs: str
+    """What it runs here, in words."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What this process runs on."""
+
+    device: str
+    """cuda or host."""
+    table: tuple[Backend, ...]
+
+    @property
+    def collectives(self) -> str:
+        """Name of the torch.distributed backend."""
+        return "nccl" if self.device == "cuda" else "gloo"
+
+    def as_dicts(self) -> list[dict[str, str]]:
+        """The table for environment.json."""
+        return [asdict(row) for row in self.table]
+
+    def __str__(self) -> str:
+        rows = [("component", "is", "version", "runs")]
+        rows += [(b.component, b.kind, b.version, b.runs) for b in self.table]
+        widths = [max(len(r[i]) for r in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(r[i].ljust(widths[i]) for i in range(3)), r[3]]) for r in rows
+        )
+
+
+def install_backends(device: str = "auto") -> Backends:
+    """Choose the device and make every library Megatron-Core needs importable.
+
+    Args:
+        device: auto, cuda or host, as in the recipe.
+
+    Raises:
+        ConfigError: unknown device, no GPU where one was asked for, or PyPI's `apex` (an
+            unrelated web toolkit that Megatron would take for NVIDIA's).
+    """
+    if device == "host":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here must not be seen
+    from model.mamba_ssm_standin import install as install_mamba_ssm
+    from parallel import cuda_runtime
+    from parallel.device import choose_device
+    from precision.backend import install_transformer_engine
+
+    import torch
+
+    chosen = choose_device(device)
+    _refuse_foreign_apex()
+    host = chosen == "host"
+    if host:
+        cuda_runtime.install()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    te_kind, te_version = install_transformer_engine()
+    mamba_kind, mamba_version = install_mamba_ssm()
+    if host:
+        _adapt_megatron_to_host()
+    megatron = importlib.metadata.version("megatron-core")
+    table = (
+        Backend("megatron-core", "real", megatron, "model, parallelism, optimizer, checkpoints"),
+        Backend("torch", "real", torch.__version__, "tensors and autograd"),
+        Backend(
+            "CUDA runtime",
+            "stand-in" if host else "real",
+            "-" if host else str(torch.version.cuda),
+            "the CPU, in program order" if host else torch.cuda.get_device_name(),
+        ),
+        Backend("collectives", "real", torch.__version__, "gloo" if host else "nccl"),
+        Backend("transformer_engine", te_kind, te_version, _te_runs(te_kind)),
+        Backend("mamba_ssm", mamba_kind, mamba_version, _mamba_runs(mamba_kind)),
+        _apex(),
+    )
+    return Backends(chosen, table)
+
+
+def _te_runs(kind: str) -> str:
+    if kind == "real":
+        return "linear layers, experts, attention, norms on the library's kernels"
+    return "linear layers, experts, attention (SDPA), norms in PyTorch; BF16 and FP32 only"
+
+
+def _mamba_runs(kind: str) -> str:
+    if kind == "real":
+        return "scan, convolution and gated norm on the library's kernels"
+    return "chunked scan, convolution and gated norm in PyTorch"
+
+
+def _apex() -> Backend:
+    if importlib.util.find_spec("apex") is None:
+        return Backend("apex", "absent", "-", "Megatron's own multi-tensor and AdamW code instead")
+    return Backend("apex", "real", "NVIDIA", "fused optimizer kernels")
+
+
+def _refuse_foreign_apex() -> None:
+    spec = importlib.util.find_spec("apex")
+    if spec is not None and importlib.util.find_spec("apex.multi_tensor_apply") is None:
+        raise ConfigError(
+            "the installed package `apex` is not NVIDIA Apex but PyPI's web toolkit, which "
+            "breaks Megatron-Core; run: pip uninstall apex"
+        )
+
+
+def _adapt_megatron_to_host() -> None:
+    """Two places where Megatron means "not on a GPU yet" but a host means "already there"."""
+    import torch
+
+    # torch.compile would build C++ at the first step, and its import alone costs seconds.
+    # Megatron decorates functions with it while it is imported, before its own switch
+    # (disable_jit_fuser) can be reached.
+    compile_function = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        from megatron.core import jit
+
+        jit.disable_jit_fuser()
+    finally:
+        torch.compile = compile_function
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_or_convert(
+        tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False
+    ) -> torch.Tensor:
+        if as_numpy and isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            return tensor.numpy()
+        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_or_convert
+    # A host has one generator where Megatron expects two; drawing from it inside a fork is
+    # what must happen, so Megatron's warning about it says nothing here.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

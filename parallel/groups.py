@@ -1,0 +1,55 @@
+"""torch.distributed, Megatron's process groups and its RNG tracker: up and down."""
+
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recipes.schema import ParallelConfig
+
+
+def initialize_groups(parallel: ParallelConfig, seed: int, vp_size: int | None = None) -> None:
+    """Build Megatron's process groups over the initialised torch.distributed world and seed
+    the model-parallel random states."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vp_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy_groups() -> None:
+    """Tear down what `initialize_groups` and torch.distributed built."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def one_rank(seed: int = 0) -> Iterator[None]:
+    """A world of this process alone, for commands that build a model but do not train."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+        timeout=datetime.timedelta(minutes=5),
+    )
+    initialize_groups(ParallelConfig(), seed)
+    try:
+        yield
+    finally:
+        destroy_groups()

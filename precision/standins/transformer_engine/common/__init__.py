@@ -1,0 +1,5 @@
+"""Framework-independent part: the recipes."""
+
+from . import recipe
+
+__all__ = ["recipe"]

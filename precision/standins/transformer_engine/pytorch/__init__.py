@@ -1,0 +1,25 @@
+"""PyTorch modules: linear layers, norms, attention, and the quantization contexts."""
+
+from .attention import DotProductAttention
+from .fp8 import autocast, fp8_autocast, fp8_model_init, quantized_model_init
+from .grouped_linear import GroupedLinear
+from .linear import LayerNormLinear, Linear
+from .norm import LayerNorm, RMSNorm
+from . import distributed, ops, router, tensor
+
+__all__ = [
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNorm",
+    "LayerNormLinear",
+    "Linear",
+    "RMSNorm",
+    "autocast",
+    "distributed",
+    "fp8_autocast",
+    "fp8_model_init",
+    "ops",
+    "quantized_model_init",
+    "router",
+    "tensor",
+]

@@ -1,0 +1,111 @@
+"""GroupedLinear: one product an expert on consecutive rows of one input.
+
+Shapes: x_ti is [tokens, in_features], the first m_splits[0] rows belong to expert 0 and so
+on; y_to is [tokens, out_features]. Experts are split over ranks by Megatron-Core, so no
+collective runs here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comm import Group
+from .module import InitMethod, WeightedModule, refuse
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """One matrix product an expert, written straight into its rows of the result: no
+    padding, no copy of the weights, no autograd node an expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, splits: Sequence[int], *weights: Tensor) -> Tensor:
+        ctx.splits = splits
+        ctx.save_for_backward(x, *weights)
+        y = x.new_empty(x.shape[0], weights[0].shape[0])
+        for rows, part, weight in zip(x.split(splits), y.split(splits), weights, strict=True):
+            if len(rows):
+                torch.mm(rows, weight.t(), out=part)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        splits = ctx.splits
+        grads = grad.contiguous().split(splits)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            for g, part, weight in zip(grads, dx.split(splits), weights, strict=True):
+                if len(g):
+                    torch.mm(g, weight, out=part)
+        dw: list[Tensor | None] = [None] * len(weights)
+        if any(ctx.needs_input_grad[2:]):
+            # One allocation for all experts; an expert without tokens gets zeros.
+            stacked = x.new_zeros(len(weights), *weights[0].shape)
+            for g, rows, part in zip(grads, x.split(splits), stacked, strict=True):
+                if len(g):
+                    torch.mm(g.t(), rows, out=part)
+            dw = list(stacked.unbind(0))
+        return dx, None, *dw
+
+
+class GroupedLinear(WeightedModule):
+    """Mirrors `transformer_engine.pytorch.GroupedLinear` (parameters weight0, weight1, ...)."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: Group | None = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable[[], Any] | None = None,
+        rng_tracker_name: str | None = None,
+        init_method: InitMethod | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: torch.device | str = "cpu",
+        ub_name: str | None = None,
+        **unsupported: Any,
+    ) -> None:
+        refuse(
+            "GroupedLinear",
+            bias=bias,
+            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
+            tp_size=tp_size if tp_size > 1 else None,
+            **unsupported,
+        )
+        super().__init__(
+            in_features,
+            out_features,
+            sequence_parallel=sequence_parallel,
+            tp_group=tp_group,
+            tp_size=tp_size,
+            parallel_mode=parallel_mode,
+            params_dtype=params_dtype,
+            device=device,
+            init_method=init_method,
+            get_rng_state_tracker=get_rng_state_tracker,
+            rng_tracker_name=rng_tracker_name,
+            bias=bias,
+            return_bias=return_bias,
+        )
+        self.num_gemms = num_gemms
+        self.single_grouped_weight = self.single_grouped_bias = False
+        for i in range(num_gemms):
+            self.add_weight(f"weight{i}")
+
+    def forward(
+        self, inp: Tensor, m_splits: Sequence[int] | Tensor, is_first_microbatch: bool | None = None
+    ) -> Tensor | tuple[Tensor, None]:
+        """x_ti -> y_to; m_splits gives the rows of each expert and sums to the rows of x."""
+        splits = m_splits.tolist() if isinstance(m_splits, Tensor) else list(m_splits)
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        y = _GroupedProduct.apply(inp, splits, *weights)
+        return (y, None) if self.return_bias else y

@@ -1,0 +1,1 @@
+"""What a run is: typed schemas, the Hydra tree of recipes, and the errors users see."""

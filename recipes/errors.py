@@ -1,0 +1,17 @@
+"""What went wrong, for users: one sentence with key, value, rule and remedy."""
+
+
+class StrataError(Exception):
+    """Base of every error a user can cause and mend; printed without a traceback."""
+
+
+class ConfigError(StrataError):
+    """A recipe that cannot be run as written."""
+
+
+class DataError(StrataError):
+    """Training data that is missing, damaged or does not fit the recipe."""
+
+
+class CheckpointError(StrataError):
+    """A checkpoint that is missing, damaged or belongs to another run."""

@@ -1,0 +1,353 @@
+"""The typed recipe: every key a run can have, with its meaning under it.
+
+Keys that reach Megatron-Core carry Megatron's own field names, so its documentation
+applies. `None` means "derived": recipes/derive.py computes it in one place and the
+resolved recipe shows the result.
+"""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """What is trained: one hybrid Mamba-2 / attention / MoE model."""
+
+    name: str = MISSING
+    """Name used in tables and plots."""
+    hybrid_layer_pattern: str = MISSING
+    """One symbol a layer: M Mamba-2, * attention, E MoE, - dense MLP; `|` cuts pipeline
+    stages, each `/PATTERN` at the end is one multi-token-prediction depth."""
+    hidden_size: int = MISSING
+    """Model width d."""
+    vocab_size: int = MISSING
+    """Rows of the embedding and of the output head; at least the tokenizer's size."""
+    max_position_embeddings: int = 1048576
+    """Longest sequence the model accepts. No position embedding: this costs nothing."""
+
+    num_attention_heads: int = MISSING
+    """Query heads of an attention layer."""
+    num_query_groups: int = MISSING
+    """Key/value heads of an attention layer (grouped-query attention)."""
+    kv_channels: int = MISSING
+    """Width of one attention head; need not be hidden_size / num_attention_heads."""
+    ffn_hidden_size: int | None = None
+    """Inner width of dense MLP layers (`-`); required only if the pattern has one."""
+
+    mamba_num_heads: int = MISSING
+    """Mamba-2 heads; inner width is mamba_num_heads * mamba_head_dim."""
+    mamba_head_dim: int = MISSING
+    """Width of one Mamba-2 head."""
+    mamba_state_dim: int = MISSING
+    """Size N of the state of one channel."""
+    mamba_num_groups: int = MISSING
+    """Groups that share B and C."""
+    mamba_d_conv: int = 4
+    """Width of the causal convolution."""
+    mamba_chunk_size: int = 128
+    """Chunk of the scan; changes speed, not results."""
+
+    num_moe_experts: int | None = None
+    """Routed experts of a MoE layer."""
+    moe_router_topk: int = 2
+    """Routed experts a token uses."""
+    moe_ffn_hidden_size: int | None = None
+    """Inner width of one routed expert."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Inner width of the shared expert every token uses."""
+    moe_latent_size: int | None = None
+    """LatentMoE width l: experts read and write l instead of hidden_size. null: no latent."""
+    moe_router_topk_scaling_factor: float | None = None
+    """Factor on the normalised weights of the chosen experts."""
+    moe_router_score_function: str = "sigmoid"
+    """sigmoid or softmax."""
+    moe_router_dtype: str | None = "fp32"
+    """Precision of the router product."""
+    moe_router_enable_expert_bias: bool = True
+    """Balance load by a bias on the selection score (no gradient)."""
+    moe_router_bias_update_rate: float = 1.0e-3
+    """Step of that bias per optimizer step."""
+    moe_router_load_balancing_type: str = "seq_aux_loss"
+    """aux_loss, seq_aux_loss, global_aux_loss or none."""
+    moe_aux_loss_coeff: float = 1.0e-4
+    """Weight of the load-balancing loss."""
+    moe_router_num_groups: int | None = None
+    """Groups of experts for group-limited routing; null: one group."""
+    moe_router_group_topk: int | None = None
+    """Groups a token may use."""
+    moe_router_force_load_balancing: bool = False
+    """Route at random and evenly. Changes the training objective: benchmarks only."""
+
+    mtp_use_repeated_layer: bool = True
+    """One multi-token-prediction block applied at every depth instead of one block each."""
+    mtp_loss_scaling_factor: float = 0.3
+    """Weight of the mean of the depths' losses in the total loss."""
+
+    init_method_std: float | None = None
+    """Standard deviation of the initial weights; null: sqrt(0.8 / hidden_size)."""
+    layernorm_epsilon: float = 1.0e-5
+    """Epsilon of every RMSNorm. The gated norm of Mamba is fixed at 1e-5 in Megatron."""
+    fp32_residual_connection: bool = False
+    """Keep the residual stream in FP32."""
+    hidden_dropout: float = 0.0
+    """Dropout of every residual branch."""
+    attention_dropout: float = 0.0
+    """Dropout of attention weights."""
+
+
+@dataclass
+class PrecisionConfig:
+    """In what numbers."""
+
+    name: str = MISSING
+    """Name used in tables and plots."""
+    params_dtype: str = "bf16"
+    """Parameters, activations and gradients: bf16 or fp32. Optimizer state is FP32."""
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in FP32. BF16 loses the small MTP gradients."""
+
+
+@dataclass
+class ParallelConfig:
+    """Where it runs. Ranks needed: pp * max(tp * cp, ep * etp), times data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share one layer's matrices (tp)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers (pp)."""
+    context_parallel_size: int = 1
+    """Ranks that share one sequence (cp)."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer (ep)."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share one expert's matrices (etp); null: 1."""
+    sequence_parallel: bool | None = None
+    """Split activations along the sequence between tensor-parallel ranks; null: tp > 1."""
+    data_parallel_size: int | None = None
+    """Copies of the model (dp); null: what the launched ranks allow, 1 on one host."""
+    moe_token_dispatcher_type: str = "alltoall"
+    """alltoall or allgather; flex needs GPUs."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the forward pass runs."""
+    recompute_granularity: str | None = None
+    """null, selective or full."""
+    recompute_modules: list[str] | None = None
+    """Modules recomputed when selective: core_attn, moe_act, layernorm, moe, ..."""
+    recompute_method: str | None = None
+    """uniform or block, when full."""
+    recompute_num_layers: int | None = None
+    """Layers of one recomputed unit, when full."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass
+class BlendEntry:
+    """One source of a blend."""
+
+    path: str = MISSING
+    """Prefix of a .bin/.idx pair written by `python -m data.prepare`."""
+    weight: float = 1.0
+    """Share of the samples, normalised over the blend."""
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    library: str = "huggingface"
+    """huggingface (directory), tiktoken (JSON file) or byte-level."""
+    path: str | None = None
+    """Directory or file of the tokenizer; byte-level needs none."""
+    train_vocab_size: int | None = None
+    """`data.prepare` trains a byte-level BPE of this size at `path` if there is none."""
+
+
+@dataclass
+class SourceConfig:
+    """One text source that `data.prepare` turns into one .bin/.idx pair."""
+
+    output: str = MISSING
+    """Prefix of the .bin/.idx pair to write."""
+    dataset: str = MISSING
+    """json, parquet or text (with data_files), a hub name, or `code`: the Python source
+    code of installed packages, no download needed."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of the data set."""
+    data_files: list[str] = field(default_factory=list)
+    """Files or globs of a json, parquet or text data set."""
+    text_key: str = "text"
+    """Column that holds the text."""
+    packages: list[str] = field(default_factory=list)
+    """Packages of a `code` source; `stdlib` is the Python standard library."""
+    max_megabytes: float | None = None
+    """Stop after so much text (10^6 bytes)."""
+
+
+@dataclass
+class DataConfig:
+    """What it reads."""
+
+    name: str = MISSING
+    """Name used in messages."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer every source of this recipe is written with."""
+    train: list[BlendEntry] = field(default_factory=list)
+    """Training blend."""
+    validation: list[BlendEntry] = field(default_factory=list)
+    """Held-out blend; empty: no validation."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """What `python -m data.prepare` makes."""
+    prepare_if_missing: bool = False
+    """Let `python -m train` prepare the data itself when it is not there yet."""
+    prepare_workers: int = 2
+    """Processes that tokenize."""
+    cache: str | None = None
+    """Folder of sample indices; null: beside the data."""
+
+
+@dataclass
+class OptimizerConfig:
+    """How the weights move."""
+
+    optimizer: str = "adam"
+    """adam (decoupled weight decay, so AdamW)."""
+    lr: float = MISSING
+    """Peak learning rate."""
+    min_lr: float = MISSING
+    """Learning rate at the end of the decay."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1.0e-8
+    """Epsilon of Adam."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms, biases and vectors have none."""
+    clip_grad: float = 1.0
+    """Gradient norm is clipped to this; 0: no clipping."""
+    lr_decay_style: str = "WSD"
+    """WSD (warmup, stable, decay), cosine, linear or constant."""
+    lr_wsd_decay_style: str = "minus_sqrt"
+    """Shape of the WSD decay: minus_sqrt, linear, cosine or exponential."""
+    lr_warmup_tokens: float | None = None
+    """Tokens of the linear warmup; null: lr_warmup_fraction of the schedule."""
+    lr_warmup_fraction: float = 0.008
+    """Used when lr_warmup_tokens is null."""
+    lr_wsd_decay_tokens: float | None = None
+    """Tokens of the WSD decay; null: lr_wsd_decay_fraction of the schedule."""
+    lr_wsd_decay_fraction: float = 0.2
+    """Used when lr_wsd_decay_tokens is null."""
+    lr_schedule_tokens: float | None = None
+    """Tokens of the whole schedule; null: the tokens of the stage."""
+
+
+@dataclass
+class StageConfig:
+    """How much, how long, how often."""
+
+    name: str = "pretrain"
+    """Name of the stage."""
+    sequence_length: int = MISSING
+    """Tokens of one sequence."""
+    global_batch_size: int = MISSING
+    """Sequences of one optimizer step."""
+    micro_batch_size: int = 1
+    """Sequences of one forward pass on one rank."""
+    train_steps: int | None = None
+    """Optimizer steps; null: from train_tokens."""
+    train_tokens: float | None = None
+    """Tokens to train on; null: from train_steps."""
+    eval_interval: int | None = None
+    """Validate every so many steps; null: only at the end."""
+    eval_steps: int = 8
+    """Global batches of one validation."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state is written and what is kept."""
+
+    save_interval: int | None = None
+    """Save every so many steps; null: only at the end and on a signal."""
+    async_save: bool = False
+    """Write in the background while training goes on."""
+    keep_last: int | None = 2
+    """Keep the newest so many checkpoints; null: all."""
+    keep_every: int | None = None
+    """Also keep each checkpoint whose step is a multiple of this."""
+    allow_previous: bool = False
+    """If the newest checkpoint is damaged, resume from the one before it."""
+
+
+@dataclass
+class GuardConfig:
+    """What stops a run that goes wrong."""
+
+    non_finite: str = "stop"
+    """On a loss or gradient that is not finite: stop, skip (drop that update) or rollback
+    (load the last checkpoint and skip the offending batch)."""
+    max_non_finite: int = 3
+    """Stop after so many skips or rollbacks."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is written while it runs."""
+
+    progress: bool = True
+    """Live progress bar on rank 0."""
+    tensorboard: bool = False
+    """Write TensorBoard events to run.dir/tensorboard."""
+    wandb: str = "disabled"
+    """disabled, offline or online."""
+    wandb_project: str = "strata"
+    """Project of the wandb run."""
+    log_params_hash: bool = False
+    """Write a hash of all parameters into each metrics line (slow; for comparisons)."""
+
+
+@dataclass
+class ClusterConfig:
+    """Where the ranks come from."""
+
+    name: str = "local"
+    """Name used in messages."""
+    threads_per_rank: int | None = None
+    """CPU threads of one rank on a host; null: cores / local ranks."""
+
+
+@dataclass
+class RunConfig:
+    """One run and its directory."""
+
+    dir: str = MISSING
+    """The run directory. The same directory resumes the same run."""
+    seed: int = 1234
+    """Seed of weights and data order."""
+
+
+@dataclass
+class Recipe:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    device: str = "auto"
+    """auto (CUDA if there is a GPU), cuda or host."""
+    traceback: bool = False
+    """Show the traceback of a user error."""
