@@ -1,0 +1,1 @@
+"""What a run reads: text to tokens, and tokens to batches."""

@@ -65,6 +65,7 @@ def install_backends(device: str = "auto") -> Backends:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here must not be seen
     from model.mamba_ssm_standin import install as install_mamba_ssm
     from parallel import cuda_runtime
+    from parallel.host_memory import keep_freed_memory
     from parallel.device import choose_device
     from precision.backend import install_transformer_engine
 
@@ -74,6 +75,7 @@ def install_backends(device: str = "auto") -> Backends:
     _refuse_foreign_apex()
     host = chosen == "host"
     if host:
+        keep_freed_memory()
         cuda_runtime.install()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -70,7 +70,8 @@ def transformer_config(
     dtype = params_dtype(precision)
     # `-` layers are the only users of ffn_hidden_size, but Megatron always wants one.
     same["ffn_hidden_size"] = model.ffn_hidden_size or 4 * model.hidden_size
-    virtual = len(pattern.stages) // parallel.pipeline_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    virtual = len(pattern.stages) // pp if pp > 1 else 1
     return TransformerConfig(
         **same,
         num_layers=pattern.num_layers,
@@ -90,6 +91,8 @@ def transformer_config(
         moe_grouped_gemm=model.num_moe_experts is not None,
         use_fused_weighted_squared_relu=True,
         bias_dropout_fusion=False,
+        cross_entropy_loss_fusion=True,
+        cross_entropy_fusion_impl="te",
         # Gradients are divided by the number of tokens at the end of the step, so the result
         # does not depend on how the batch is cut into micro batches and ranks.
         calculate_per_token_loss=True,
@@ -110,6 +113,9 @@ def build_model(
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
+    pattern = recipe.model.hybrid_layer_pattern
+    if config.pipeline_model_parallel_size == 1:
+        pattern = pattern.replace("|", "")  # Megatron would build the first stage alone
     spec = copy.deepcopy(hybrid_stack_spec)
     spec.submodules.mamba_layer.submodules.mixer.params = {
         "d_conv": recipe.model.mamba_d_conv,
@@ -120,7 +126,7 @@ def build_model(
         hybrid_stack_spec=spec,
         vocab_size=recipe.model.vocab_size,
         max_sequence_length=recipe.model.max_position_embeddings,
-        hybrid_layer_pattern=recipe.model.hybrid_layer_pattern,
+        hybrid_layer_pattern=pattern,
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=True,

@@ -42,6 +42,8 @@ def parse_pattern(pattern: str) -> Pattern:
             )
     main, *depths = pattern.split("/")
     stages = tuple(main.split("|"))
+    if not main:
+        raise ConfigError(f"{key}: there are no layers; write at least one of {', '.join(LAYERS)}")
     if not all(stages):
         raise ConfigError(f"{key}: a part between | is empty; each pipeline stage needs a layer")
     if not all(depths):

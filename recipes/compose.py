@@ -4,28 +4,29 @@ Hydra composes, the schema checks; what Hydra and OmegaConf say about a bad key 
 turned into one sentence that names the nearest valid key.
 """
 
-import dataclasses
-import difflib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, cast, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from recipes.errors import ConfigError, StrataError
+from recipes.keys import describe_keys, nearest, plain_key, valid_keys
 from recipes.schema import Recipe
 
 USAGE = """usage: python -m {module} [GROUP=CHOICE | KEY=VALUE]...
 
   experiment=NAME   one of: {experiments}
+  --config-dir DIR  look for recipes in DIR too: DIR/experiment/mine.yaml is experiment=mine
   --cfg             print the resolved recipe and stop
   --keys            print every key with its meaning and stop
   traceback=true    show where a user error came from
@@ -34,71 +35,47 @@ example: python -m {module} experiment=tiny stage.train_steps=20
 """
 
 
-@cache
-def valid_keys(node: type = Recipe) -> dict[str, str]:
-    """Every dotted key of the recipe -> the type it takes, in schema order."""
-    keys: dict[str, str] = {}
-    for name, hint in get_type_hints(node).items():
-        if dataclasses.is_dataclass(hint):
-            keys |= {f"{name}.{k}": v for k, v in valid_keys(cast(type, hint)).items()}
-        else:
-            keys[name] = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
-    return keys
+def choices(group: str, config_dir: Path | None = None) -> list[str]:
+    """The recipes of a group: those shipped and those of the user's folder."""
+    found = [f for root in _roots(config_dir) for f in (root / group).glob("*.yaml")]
+    return sorted({f.stem for f in found})
 
 
-def choices(group: str) -> list[str]:
-    """The shipped recipes of a group, for messages."""
-    from importlib.resources import files
-
-    folder = files("recipes").joinpath(group)
-    if not folder.is_dir():
-        return []
-    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+def groups(config_dir: Path | None = None) -> list[str]:
+    """The groups of the recipe tree: folders that hold recipes."""
+    found = [f for root in _roots(config_dir) for f in root.glob("*/*.yaml")]
+    return sorted({f.parent.name for f in found})
 
 
-def groups() -> list[str]:
-    """The groups of the recipe tree, for messages."""
-    from importlib.resources import files
-
-    found = (f for f in files("recipes").iterdir() if f.is_dir() and not f.name.startswith("_"))
-    return sorted(f.name for f in found)
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """`; did you mean X?` for the closest of the valid names, or a list of some of them."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if not close and "." in name:  # right leaf, wrong group
-        leaf = name.rsplit(".", 1)[1]
-        close = [v for v in valid if v.rsplit(".", 1)[-1] == leaf][:1]
-    if close:
-        return f"did you mean {close[0]}?"
-    shown = [v for v in valid if v.split(".")[0] == name.split(".")[0]] or list(valid)
-    return "valid here: " + ", ".join(shown[:40])
-
-
-def load_recipe(overrides: Sequence[str]) -> Recipe:
+def load_recipe(overrides: Sequence[str], config_dir: Path | str | None = None) -> Recipe:
     """Compose `recipes/config.yaml` with `overrides` into a Recipe.
 
     Args:
         overrides: Hydra overrides, e.g. `["experiment=tiny", "stage.train_steps=20"]`.
+        config_dir: a folder with recipes of the user's own, in the same groups.
 
     Raises:
-        ConfigError: unknown group, choice or key, a value of the wrong type, or a key that
-            no group and no override sets.
+        ConfigError: unknown group, choice or key, a value of the wrong type, a key that no
+            group and no override sets, or a recipe file that cannot be read.
     """
     ConfigStore.instance().store(name="schema", node=Recipe)
-    _check_keys(overrides)
+    folder = _existing(config_dir)
+    _check_keys(overrides, folder)
+    search = [f"hydra.searchpath=['{folder.as_uri()}']"] if folder else []
     try:
         with initialize_config_module("recipes", version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=[*overrides, *search])
         return cast(Recipe, OmegaConf.to_object(composed))
     except MissingConfigException as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(_missing(error, folder)) from error
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{key} is set by no recipe; give it on the command line") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"a recipe is not valid YAML: {text}") from error
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -122,10 +99,13 @@ def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
     show = "--cfg" in arguments
     overrides = [a for a in arguments if a != "--cfg"]
     try:
+        config_dir = _take_option(overrides, "--config-dir")
         unknown = [a for a in overrides if a.startswith("-")]
         if unknown:
-            raise ConfigError(f"{unknown[0]} is not an option; use --help, --cfg or --keys")
-        recipe = load_recipe(overrides)
+            raise ConfigError(
+                f"{unknown[0]} is not an option; use --help, --config-dir DIR, --cfg or --keys"
+            )
+        recipe = load_recipe(overrides, config_dir)
         if show:
             print(to_yaml(recipe), end="")
             raise SystemExit(0)
@@ -137,42 +117,42 @@ def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
         raise SystemExit(2) from None
 
 
-def describe_keys() -> str:
-    """Every key with its type and the docstring under its field, from the schema's source."""
-    import ast
-    import inspect
-
-    from recipes import schema
-
-    docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        fields: dict[str, str] = {}
-        for statement, following in zip(node.body, node.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                text = ast.literal_eval(following.value)
-                fields[ast.unparse(statement.target)] = " ".join(text.split())
-        docs[node.name] = fields
-    hints = get_type_hints(Recipe)
-    lines = []
-    for key, kind in valid_keys().items():
-        group, _, leaf = key.rpartition(".")
-        owner = hints[group].__name__ if group in hints else "Recipe"
-        text = docs.get(owner, {}).get(leaf, "")
-        lines.append(f"{key} ({kind})\n    {text}")
-    return "\n".join(lines)
+def _roots(config_dir: Path | None) -> list[Path]:
+    return [Path(__file__).parent, *([config_dir] if config_dir else [])]
 
 
-def _check_keys(overrides: Sequence[str]) -> None:
+def _existing(config_dir: Path | str | None) -> Path | None:
+    if config_dir is None:
+        return None
+    folder = Path(config_dir).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is not a folder; give one with recipes in it")
+    return folder
+
+
+def _take_option(arguments: list[str], name: str) -> str | None:
+    """Remove `name VALUE` or `name=VALUE` from the arguments and return VALUE."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(name + "="):
+            return arguments.pop(i).split("=", 1)[1]
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise ConfigError(f"{name} needs a value; write {name} DIR")
+            del arguments[i]
+            return arguments.pop(i)
+    return None
+
+
+def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> None:
     """Reject unknown groups, choices and keys with the nearest valid name."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(
-            f"{error.override} is not an override; write KEY=VALUE or GROUP=CHOICE"
+            f"{error.override} is not an override; write KEY=VALUE or GROUP=CHOICE, and quote "
+            "values with spaces or special characters: 'KEY=\"VALUE\"'"
         ) from error
-    keys, known = valid_keys(), groups()
+    keys, known = valid_keys(), groups(config_dir)
     for override in parsed:
         key = override.key_or_group.lstrip("/")
         if override.is_delete() or override.is_add() or override.is_force_add():
@@ -180,40 +160,69 @@ def _check_keys(overrides: Sequence[str]) -> None:
                 f"{override.input_line}: keys are fixed by the schema and can neither be "
                 "added (+) nor deleted (~); write KEY=VALUE"
             )
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line}: one run takes one value; write a list as [A,B] and "
+                "start a run for each value of a sweep"
+            )
         if key in known:
             value = override.value()
-            if isinstance(value, str) and value not in choices(key):
+            for choice in value if isinstance(value, list) else [value]:
+                if not isinstance(value, dict) and choice not in choices(key, config_dir):
+                    raise ConfigError(
+                        f"{override.input_line}: there is no such recipe; use one of "
+                        + ", ".join(choices(key, config_dir))
+                    )
+        elif (plain := plain_key(key)) not in keys and not any(
+            k.startswith((plain + ".", plain + "[].")) or plain == k + "[]" for k in keys
+        ):
+            hint = nearest(plain, [*keys, *known], known)
+            raise ConfigError(f"{override.input_line}: unknown key {key}; {hint}")
+        elif keys.get(plain, "").startswith("list") and isinstance(override.value(), list):
+            _check_elements(key, cast(list[Any], override.value()))
+
+
+def _check_elements(key: str, elements: list[Any]) -> None:
+    """Keys inside `data.train=[{path: a, weight: 1}]`, which OmegaConf reports without their
+    place."""
+    keys = valid_keys()
+    for i, element in enumerate(elements):
+        for name in element if isinstance(element, dict) else ():
+            if f"{key}[].{name}" not in keys:
                 raise ConfigError(
-                    f"{key}={value} is not a recipe; use one of {', '.join(choices(key))}"
+                    f"unknown key {key}[{i}].{name}; {nearest(f'{key}[].{name}', keys, groups())}"
                 )
-            continue
-        root = key.split("[")[0]
-        if root in keys or any(k.startswith(root + ".") for k in keys):
-            continue
-        if any(root.startswith(k + ".") and "dict" in keys[k] + "list" for k in keys):
-            continue  # an element of a list or mapping: OmegaConf checks it
-        raise ConfigError(
-            f"{override.input_line}: unknown key {key}; {nearest(key, [*keys, *known])}"
-        )
+
+
+def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
+    """One sentence for a recipe that names another that is not there."""
+    wanted = str(getattr(error, "missing_cfg_file", None) or "").lstrip("/")
+    group = wanted.split("/")[0]
+    text = _first_line(error)
+    return f"{text}; use one of {', '.join(choices(group, config_dir))}" if group else text
 
 
 def _explain(error: BaseException) -> str:
-    """One sentence for what Hydra or OmegaConf said, with the cause's key and type."""
+    """One sentence for what Hydra or OmegaConf said, with the cause's file, key and type."""
     cause: Any = error
-    while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__
-    if isinstance(error, ConfigCompositionException) and cause is error:
-        return _first_line(error)
-    key = getattr(cause, "full_key", None)
+    while not getattr(cause, "full_key", None):  # the first error that names its key says most
+        if not isinstance(inner := cause.__cause__ or cause.__context__, OmegaConfBaseException):
+            break
+        cause = inner
     text = _first_line(cause)
-    if key:
-        kind = valid_keys().get(key)
-        if kind is not None:
-            return f"{key}: {text}; it takes {kind}"
-        if "not in" in text:
-            return f"unknown key {key}; {nearest(key, list(valid_keys()))}"
-        return f"{key}: {text}"
-    return text
+    file = re.match(r"In '(.*?)': ", str(error))
+    where = f"recipe {file[1]}: " if file else ""
+    key = getattr(cause, "full_key", None)
+    if not key:
+        return text
+    plain = plain_key(key)
+    kind = valid_keys().get(plain)
+    if kind is not None:
+        return f"{where}{key}: {text}; it takes {kind}"
+    if " not in '" in text:
+        return f"{where}unknown key {key}; {nearest(plain, valid_keys(), groups())}"
+    # OmegaConf names an element of a list without its place: say which override it is in.
+    return f"{where or _first_line(error) + ': '}{key}: {text}"
 
 
 def _first_line(error: BaseException) -> str:

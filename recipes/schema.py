@@ -1,8 +1,8 @@
 """The typed recipe: every key a run can have, with its meaning under it.
 
 Keys that reach Megatron-Core carry Megatron's own field names, so its documentation
-applies. `None` means "derived": recipes/derive.py computes it in one place and the
-resolved recipe shows the result.
+applies. `None` means derived or off; each field says which. `python -m model.describe`
+shows what is derived.
 """
 
 from dataclasses import dataclass, field
@@ -110,7 +110,8 @@ class PrecisionConfig:
 
 @dataclass
 class ParallelConfig:
-    """Where it runs. Ranks needed: pp * max(tp * cp, ep * etp), times data parallel."""
+    """Where it runs. world = tp * cp * pp * dp = etp * ep * pp * edp: the experts are spread
+    over the ranks of the dense layers, so the fewest ranks are pp * lcm(tp * cp, etp * ep)."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share one layer's matrices (tp)."""
@@ -120,12 +121,13 @@ class ParallelConfig:
     """Ranks that share one sequence (cp)."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a layer (ep)."""
-    expert_tensor_parallel_size: int | None = None
-    """Ranks that share one expert's matrices (etp); null: 1."""
+    expert_tensor_parallel_size: int = 1
+    """Ranks that share one expert's matrices (etp)."""
     sequence_parallel: bool | None = None
     """Split activations along the sequence between tensor-parallel ranks; null: tp > 1."""
     data_parallel_size: int | None = None
-    """Copies of the model (dp); null: what the launched ranks allow, 1 on one host."""
+    """Ranks that split the batch (dp, on the grid of the dense layers); null: what the
+    launched ranks allow, or the fewest the layout needs."""
     moe_token_dispatcher_type: str = "alltoall"
     """alltoall or allgather; flex needs GPUs."""
     overlap_grad_reduce: bool = False

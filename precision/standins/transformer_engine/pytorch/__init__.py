@@ -5,7 +5,7 @@ from .fp8 import autocast, fp8_autocast, fp8_model_init, quantized_model_init
 from .grouped_linear import GroupedLinear
 from .linear import LayerNormLinear, Linear
 from .norm import LayerNorm, RMSNorm
-from . import distributed, ops, router, tensor
+from . import cross_entropy, distributed, ops, router, tensor
 
 __all__ = [
     "DotProductAttention",
@@ -15,6 +15,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "autocast",
+    "cross_entropy",
     "distributed",
     "fp8_autocast",
     "fp8_model_init",

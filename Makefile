@@ -1,0 +1,48 @@
+# Every target sets up what it needs: `make demo` or `make test` on a fresh clone is enough.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The tensors of the tests and of the demo are small: more threads would wait for each other.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help setup demo test test-all check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make setup     find Python >= 3.12 (or PYTHON=/path), make $(VENV), install Strata (about 6 GB)'
+	@echo 'make demo      train a small model on real text, stop it, resume it, draw its curves'
+	@echo 'make test      the tests but the slow ones'
+	@echo 'make test-all  all tests'
+	@echo 'make check     format, lint and types'
+	@echo 'make clean     remove caches; keeps $(VENV) and runs/'
+
+setup: $(INSTALLED)
+
+# An environment that was left half made, or has another Python, is made anew.
+$(INSTALLED): setup.py pyproject.toml
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+	    python=$$(.ci/find_python) && \
+	    echo "Making $(VENV) with $$python" && \
+	    "$$python" -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m train.demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

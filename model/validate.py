@@ -1,0 +1,191 @@
+"""Is this recipe a model that can be built and trained? Plain Python, before anything is built.
+
+`validate_recipe` is the one entry point: rules of the run (recipes/validate.py), of the model
+(here) and of the layout (parallel/layout.py). Nothing here imports torch.
+"""
+
+from model.pattern import LAYERS, Pattern, parse_pattern
+from parallel.layout import Layout, validate_layout
+from recipes.rules import above, at_least, divides, fail, listed, one_of, within
+from recipes.schema import ModelConfig, ParallelConfig, Recipe
+from recipes.validate import validate_run
+
+_POSITIVE = (
+    "hidden_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "mamba_state_dim",
+    "mamba_num_groups",
+    "mamba_chunk_size",
+    "moe_router_topk",
+)
+"""Sizes every model has."""
+
+_POSITIVE_OR_NULL = {
+    "ffn_hidden_size": "no dense MLP layer",
+    "num_moe_experts": "no MoE layer",
+    "moe_ffn_hidden_size": "no MoE layer",
+    "moe_shared_expert_intermediate_size": "no shared expert",
+    "moe_latent_size": "experts at full width",
+    "moe_router_num_groups": "one group",
+    "moe_router_group_topk": "one group",
+}
+"""Optional sizes -> what null means."""
+
+_NEEDED_BY = {"-": ("ffn_hidden_size",), "E": ("num_moe_experts", "moe_ffn_hidden_size")}
+"""Layer symbol -> optional sizes it needs."""
+
+
+def validate_recipe(
+    recipe: Recipe, world_size: int | None = None, device: str | None = None
+) -> Layout:
+    """Check a whole recipe and return its layout with every size known.
+
+    Args:
+        world_size: ranks that were launched; None: the fewest the recipe can run on.
+        device: "host" or "cuda", as chosen; None: recipe.device, where auto adds no rules.
+
+    Raises:
+        ConfigError: the first rule that is broken, with key, value, rule and remedy.
+    """
+    validate_run(recipe)
+    pattern = validate_model(recipe.model)
+    layout = validate_layout(
+        recipe.parallel,
+        recipe.model,
+        recipe.stage,
+        world_size,
+        symbols=pattern.main + pattern.mtp,
+        num_layers=pattern.num_layers,
+        num_stages=len(pattern.stages),
+        mtp_depths=pattern.mtp_depths,
+    )
+    if (device or recipe.device) == "host":
+        _host(recipe.parallel)
+    return layout
+
+
+def validate_model(model: ModelConfig) -> Pattern:
+    """Check what does not depend on the layout, and return the parsed pattern."""
+    pattern = parse_pattern(model.hybrid_layer_pattern)
+    for name in _POSITIVE:
+        at_least(f"model.{name}", getattr(model, name), 1)
+    for name, meaning in _POSITIVE_OR_NULL.items():
+        at_least(f"model.{name}", getattr(model, name), 1, meaning)
+    # The causal_conv1d kernels have these widths only.
+    one_of("model.mamba_d_conv", model.mamba_d_conv, (2, 3, 4))
+    divides(
+        "model.num_query_groups",
+        model.num_query_groups,
+        "model.num_attention_heads",
+        model.num_attention_heads,
+    )
+    divides(
+        "model.mamba_num_groups",
+        model.mamba_num_groups,
+        "model.mamba_num_heads",
+        model.mamba_num_heads,
+    )
+    for symbol, names in _NEEDED_BY.items():
+        for name in names:
+            if symbol in pattern.main + pattern.mtp and getattr(model, name) is None:
+                fail(
+                    f"model.{name}",
+                    None,
+                    f"but model.hybrid_layer_pattern has {LAYERS[symbol]} layers ({symbol})",
+                    "give it a size",
+                )
+    for name in ("hidden_dropout", "attention_dropout"):
+        within(f"model.{name}", getattr(model, name), 0, 1)
+    above("model.layernorm_epsilon", model.layernorm_epsilon, 0)
+    above("model.init_method_std", model.init_method_std, 0, "sqrt(0.8 / hidden_size)")
+    at_least("model.mtp_loss_scaling_factor", model.mtp_loss_scaling_factor, 0)
+    _router(model)
+    return pattern
+
+
+def _router(model: ModelConfig) -> None:
+    """Rules of TransformerConfig.__post_init__ and of megatron.core's TopKRouter."""
+    one_of(
+        "model.moe_router_score_function", model.moe_router_score_function, ("sigmoid", "softmax")
+    )
+    one_of("model.moe_router_dtype", model.moe_router_dtype, ("fp32", "fp64", None))
+    one_of(
+        "model.moe_router_load_balancing_type",
+        model.moe_router_load_balancing_type,
+        ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    )
+    at_least("model.moe_aux_loss_coeff", model.moe_aux_loss_coeff, 0)
+    at_least("model.moe_router_bias_update_rate", model.moe_router_bias_update_rate, 0)
+    above("model.moe_router_topk_scaling_factor", model.moe_router_topk_scaling_factor, 0, "1")
+    experts, topk = model.num_moe_experts, model.moe_router_topk
+    if experts is not None and topk > experts:
+        fail(
+            "model.moe_router_topk",
+            topk,
+            f"is more than model.num_moe_experts={experts}",
+            f"use {experts} or fewer",
+        )
+    if model.moe_router_score_function == "softmax":
+        if model.moe_router_enable_expert_bias:
+            fail(
+                "model.moe_router_enable_expert_bias",
+                True,
+                "works only with sigmoid scores, not model.moe_router_score_function=softmax",
+                "use false, or sigmoid scores",
+            )
+        if topk == 1:
+            fail(
+                "model.moe_router_topk",
+                topk,
+                "with model.moe_router_score_function=softmax gives the router no gradient",
+                "use 2 or more, or sigmoid scores",
+            )
+    _router_groups(model)
+
+
+def _router_groups(model: ModelConfig) -> None:
+    groups, chosen = model.moe_router_num_groups, model.moe_router_group_topk
+    if groups is None and chosen is None:
+        return
+    if groups is None or chosen is None:
+        fail(
+            "model.moe_router_num_groups",
+            groups,
+            f"and model.moe_router_group_topk={chosen or 'null'} belong together",
+            "give both or set both to null",
+        )
+    experts, topk = model.num_moe_experts, model.moe_router_topk
+    if experts is None:
+        return
+    divides("model.moe_router_num_groups", groups, "model.num_moe_experts", experts)
+    # A group is scored by its topk / group_topk best experts, so that must be whole.
+    fits = [d for d in range(1, groups + 1) if topk % d == 0 and topk // d <= experts // groups]
+    if chosen not in fits:
+        fail(
+            "model.moe_router_group_topk",
+            chosen,
+            f"does not spread model.moe_router_topk={topk} evenly over at most {groups} groups "
+            f"of {experts // groups} experts",
+            f"use {listed(fits)}" if fits else "change the number of groups",
+        )
+
+
+def _host(parallel: ParallelConfig) -> None:
+    """What the stand-ins of a machine without a GPU do not do."""
+    if parallel.context_parallel_size > 1:
+        fail(
+            "parallel.context_parallel_size",
+            parallel.context_parallel_size,
+            "is not implemented without a GPU: the attention stand-in sees one rank's tokens",
+            "use 1, or device=cuda",
+        )
+    if parallel.moe_token_dispatcher_type == "flex":
+        fail(
+            "parallel.moe_token_dispatcher_type", "flex", "needs GPUs", "use alltoall or allgather"
+        )

@@ -1,0 +1,173 @@
+"""Rules of a recipe that need no knowledge of the model or the layout: precision, optimizer,
+stage, checkpoints, guards, logging.
+
+The rules of the model are in model/validate.py, those of the layout in parallel/layout.py;
+`model.validate.validate_recipe` runs all of them.
+"""
+
+from recipes.rules import above, at_least, fail, multiple, one_of, show, within
+from recipes.schema import (
+    CheckpointConfig,
+    DataConfig,
+    GuardConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    Recipe,
+    StageConfig,
+)
+
+
+def validate_run(recipe: Recipe) -> None:
+    """Check everything but the model and the layout.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    one_of("device", recipe.device, ("auto", "cuda", "host"))
+    # numpy, which shuffles the samples, takes 32-bit seeds; Megatron adds a rank's offset.
+    within("run.seed", recipe.run.seed, 0, 2**31)
+    at_least("cluster.threads_per_rank", recipe.cluster.threads_per_rank, 1, "cores / local ranks")
+    _precision(recipe.precision)
+    _stage(recipe.stage)
+    _optimizer(recipe.optimizer, stage_tokens(recipe.stage))
+    _checkpoint(recipe.checkpoint)
+    _guard(recipe.guard, recipe.checkpoint)
+    _logging(recipe.logging)
+    _data(recipe.data)
+
+
+def stage_tokens(stage: StageConfig) -> float:
+    """Tokens of the stage, from whichever of train_steps and train_tokens is given."""
+    if stage.train_tokens is not None:
+        return stage.train_tokens
+    assert stage.train_steps is not None, "validate the stage first"
+    return float(stage.train_steps * stage.global_batch_size * stage.sequence_length)
+
+
+def _precision(precision: PrecisionConfig) -> None:
+    one_of("precision.params_dtype", precision.params_dtype, ("bf16", "fp32"))
+
+
+def _stage(stage: StageConfig) -> None:
+    for name in ("sequence_length", "global_batch_size", "micro_batch_size", "eval_steps"):
+        at_least(f"stage.{name}", getattr(stage, name), 1)
+    at_least("stage.eval_interval", stage.eval_interval, 1, "only at the end")
+    steps, tokens = stage.train_steps, stage.train_tokens
+    if steps is None and tokens is None:
+        fail(
+            "stage.train_steps",
+            None,
+            "and stage.train_tokens=null leave the length of the stage open",
+            "give one of them",
+        )
+    if steps is not None and tokens is not None:
+        fail(
+            "stage.train_steps",
+            steps,
+            f"and stage.train_tokens={show(tokens)} both fix the length of the stage",
+            "set one of them to null",
+        )
+    if steps is not None:
+        at_least("stage.train_steps", steps, 1)
+    if tokens is not None:
+        at_least("stage.train_tokens", tokens, stage.global_batch_size * stage.sequence_length)
+
+
+def _optimizer(optimizer: OptimizerConfig, tokens: float) -> None:
+    one_of("optimizer.optimizer", optimizer.optimizer, ("adam",))
+    above("optimizer.lr", optimizer.lr, 0)
+    within("optimizer.min_lr", optimizer.min_lr, 0, optimizer.lr, closed=True)
+    for name in ("adam_beta1", "adam_beta2"):
+        within(f"optimizer.{name}", getattr(optimizer, name), 0, 1)
+    above("optimizer.adam_eps", optimizer.adam_eps, 0)
+    at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
+    at_least("optimizer.clip_grad", optimizer.clip_grad, 0)
+    one_of(
+        "optimizer.lr_decay_style",
+        optimizer.lr_decay_style,
+        ("WSD", "cosine", "linear", "constant"),
+    )
+    one_of(
+        "optimizer.lr_wsd_decay_style",
+        optimizer.lr_wsd_decay_style,
+        ("minus_sqrt", "linear", "cosine", "exponential"),
+    )
+    for name in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
+        within(f"optimizer.{name}", getattr(optimizer, name), 0, 1, closed=True)
+    at_least("optimizer.lr_warmup_tokens", optimizer.lr_warmup_tokens, 0, "lr_warmup_fraction")
+    at_least(
+        "optimizer.lr_wsd_decay_tokens",
+        optimizer.lr_wsd_decay_tokens,
+        0,
+        "lr_wsd_decay_fraction",
+    )
+    above("optimizer.lr_schedule_tokens", optimizer.lr_schedule_tokens, 0, "the whole stage")
+    _schedule(optimizer, tokens)
+
+
+def _schedule(optimizer: OptimizerConfig, tokens: float) -> None:
+    """Warmup and decay fit into the schedule."""
+    schedule = optimizer.lr_schedule_tokens or tokens
+    warmup_key, warmup = "optimizer.lr_warmup_tokens", optimizer.lr_warmup_tokens
+    if warmup is None:
+        warmup_key, warmup = "optimizer.lr_warmup_fraction", optimizer.lr_warmup_fraction * schedule
+    decay = 0.0
+    if optimizer.lr_decay_style == "WSD":
+        decay = optimizer.lr_wsd_decay_tokens or 0.0
+        if optimizer.lr_wsd_decay_tokens is None:
+            decay = optimizer.lr_wsd_decay_fraction * schedule
+    # Megatron needs a step after the warmup, so equality is a mistake without a decay.
+    if warmup + decay > schedule or warmup >= schedule:
+        shown = warmup if warmup_key.endswith("tokens") else optimizer.lr_warmup_fraction
+        fail(
+            warmup_key,
+            shown,
+            f"makes warmup ({warmup:g}) and decay ({decay:g} tokens) longer than the schedule "
+            f"({schedule:g} tokens)",
+            "shorten lr_warmup_* or lr_wsd_decay_*, or lengthen optimizer.lr_schedule_tokens",
+        )
+
+
+def _checkpoint(checkpoint: CheckpointConfig) -> None:
+    at_least("checkpoint.save_interval", checkpoint.save_interval, 1, "only at the end")
+    at_least("checkpoint.keep_last", checkpoint.keep_last, 1, "all")
+    at_least("checkpoint.keep_every", checkpoint.keep_every, 1, "only the newest")
+    if checkpoint.keep_every is not None and checkpoint.save_interval is not None:
+        multiple(
+            "checkpoint.keep_every",
+            checkpoint.keep_every,
+            "checkpoint.save_interval",
+            checkpoint.save_interval,
+        )
+
+
+def _guard(guard: GuardConfig, checkpoint: CheckpointConfig) -> None:
+    one_of("guard.non_finite", guard.non_finite, ("stop", "skip", "rollback"))
+    at_least("guard.max_non_finite", guard.max_non_finite, 1)
+    if guard.non_finite == "rollback" and checkpoint.save_interval is None:
+        fail(
+            "guard.non_finite",
+            guard.non_finite,
+            "has nothing to go back to while checkpoint.save_interval=null",
+            "set checkpoint.save_interval, or use stop or skip",
+        )
+
+
+def _logging(logging: LoggingConfig) -> None:
+    one_of("logging.wandb", logging.wandb, ("disabled", "offline", "online"))
+
+
+def _data(data: DataConfig) -> None:
+    """Only what can be said without looking at files; data/ checks those."""
+    one_of(
+        "data.tokenizer.library",
+        data.tokenizer.library,
+        ("huggingface", "tiktoken", "byte-level"),
+    )
+    at_least("data.prepare_workers", data.prepare_workers, 1)
+    for blend in ("train", "validation"):
+        for i, entry in enumerate(getattr(data, blend)):
+            above(f"data.{blend}[{i}].weight", entry.weight, 0)
+    for i, source in enumerate(data.sources):
+        above(f"data.sources[{i}].max_megabytes", source.max_megabytes, 0, "all of it")

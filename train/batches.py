@@ -1,0 +1,78 @@
+"""The batches of a run: training in order from any sample, the same held-out ones each time."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from recipes.schema import Recipe
+from train.optimizer import train_steps
+
+_PROBES = 8
+"""Samples hashed to tell whether the data order is still the one of the checkpoint."""
+
+
+class Batches:
+    """Training and validation micro-batches of this data-parallel rank.
+
+    Args:
+        recipe: the validated recipe.
+        dp: data-parallel ranks.
+
+    Raises:
+        DataError: data missing, damaged or written with another tokenizer.
+        ConfigError: the model has fewer embedding rows than the tokenizer has tokens.
+    """
+
+    def __init__(self, recipe: Recipe, dp: int) -> None:
+        from megatron.core import parallel_state
+
+        from data.batches import build_datasets
+
+        stage = recipe.stage
+        self._sizes = (stage.global_batch_size, stage.micro_batch_size)
+        self._rank = (parallel_state.get_data_parallel_rank(), dp)
+        self._train, self._validation = build_datasets(
+            recipe.data,
+            stage.sequence_length,
+            recipe.run.seed,
+            train_samples=train_steps(stage) * stage.global_batch_size,
+            validation_samples=stage.eval_steps * stage.global_batch_size,
+            model_vocab_size=recipe.model.vocab_size,
+        )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a held-out blend."""
+        return self._validation is not None
+
+    def train_from(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Micro-batches of the steps that follow `consumed_samples`, on the model's device."""
+        return self._iterate(self._train, consumed_samples)
+
+    def validation(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The held-out micro-batches, from the first one."""
+        return self._iterate(self._validation, 0)
+
+    def documents(self, samples: range) -> list[list[object]]:
+        """[data prefix, document numbers] of each training sample."""
+        from data.batches import document_ids
+
+        return [[path, ids] for path, ids in document_ids(self._train, samples)]
+
+    def fingerprint(self, consumed_samples: int) -> str:
+        """Hash of a few samples among those consumed: changes if the order or text did."""
+        count = min(_PROBES, consumed_samples)
+        probed = [i * consumed_samples // count for i in range(count)]
+        tokens = hashlib.sha256()
+        for sample in probed:
+            tokens.update(self._train[sample]["tokens"].numpy().tobytes())
+        return tokens.hexdigest()
+
+    def _iterate(self, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
+        from data.batches import BatchSource
+
+        device = torch.cuda.current_device()
+        for batch in BatchSource(dataset, *self._sizes, *self._rank, consumed):
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,354 @@
+"""Saving and loading the whole state of a run through Megatron's dist_checkpointing.
+
+`checkpoints/iter_0000100/` is complete once it holds `meta.json`; `latest` names the newest
+complete one and moves only after every byte is on the disk. Any layout can load what any
+other layout saved.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from recipes.errors import CheckpointError
+from recipes.schema import CheckpointConfig
+from train.guards import sync_folder, write_atomically
+from train.rundir import unusable
+
+META = "meta.json"
+LATEST = "latest"
+_RNG = "rng_state"
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    """Optimizer steps done, dropped ones included."""
+    consumed_samples: int = 0
+    """Sequences read; the next batch starts here."""
+    consumed_tokens: int = 0
+    """Tokens read; the position of the learning-rate schedule."""
+
+
+@dataclass
+class TrainState:
+    """Everything a checkpoint holds."""
+
+    chunks: list[Any]
+    """DDP-wrapped model chunks of this rank."""
+    optimizer: Any
+    """Megatron optimizer."""
+    schedule: Any
+    """Megatron OptimizerParamScheduler."""
+    progress: Progress = field(default_factory=Progress)
+    layout: dict[str, int] = field(default_factory=dict)
+    """Parallel sizes, written into meta.json; random states load only into the same layout."""
+
+
+class Checkpointer:
+    """Saves, finds, checks and loads checkpoints of one run directory."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        data_fingerprint: Callable[[int], str],
+        say: Callable[[str], None],
+    ) -> None:
+        """Args:
+        folder: where the checkpoints are.
+        config: when to save and what to keep.
+        data_fingerprint: hash of the data up to a number of consumed samples; a checkpoint
+            whose hash differs belongs to other data or another order.
+        say: tells the user what was decided.
+        """
+        self.folder = folder
+        self.config = config
+        self.data_fingerprint = data_fingerprint
+        self.say = say
+        self.last_saved: int | None = None
+        self._queue: Any = None
+        _silence_expected_warnings()
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of the current step; in the background if so configured.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written; the previous
+                checkpoint is untouched.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.wait()
+        step = state.progress.step
+        path = self.folder / f"iter_{step:07d}"
+        meta = {
+            "progress": asdict(state.progress),
+            "layout": state.layout,
+            "data": self.data_fingerprint(state.progress.consumed_samples),
+        }
+        try:
+            if dist.get_rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+            dist.barrier()
+            request = dist_checkpointing.save(
+                _state_dict(state, loading=False),
+                str(path),
+                async_sharded_save=self.config.async_save,
+                async_strategy="mcore",
+                content_metadata=_content_metadata(),
+                verify_integrity=True,
+            )
+        except OSError as error:
+            raise CheckpointError(unusable(path, error)) from error
+        finish = lambda: self._finish(path, meta)  # noqa: E731
+        if request is None:
+            finish()
+        else:
+            request.finalize_fns.append(finish)
+            self._async_queue().schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Finish a background save that is done. A collective: every rank must call it."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Wait for a background save. A collective: every rank must call it."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        """Finish what is being written and end the background workers."""
+        if self._queue is not None:
+            self.wait()
+            self._queue.close()
+            self._queue = None
+
+    def load(self, state: TrainState) -> bool:
+        """Load the newest usable checkpoint into `state`.
+
+        Returns:
+            False if there is none, so training starts from the beginning.
+
+        Raises:
+            CheckpointError: the newest checkpoint is damaged (and the recipe does not allow an
+                older one), or it does not fit the model.
+        """
+        candidates = self._candidates()
+        for i, path in enumerate(candidates):
+            try:
+                self._load(path, state)
+            except _Damaged as damage:
+                if not self.config.allow_previous:
+                    raise CheckpointError(
+                        f"{path} is damaged ({damage}); restore it, or set "
+                        "checkpoint.allow_previous=true to go on from the one before"
+                    ) from damage
+                if i + 1 == len(candidates):
+                    raise CheckpointError(
+                        f"{path} is damaged ({damage}) and there is no older checkpoint"
+                    ) from damage
+                self.say(f"{path} is damaged ({damage}); using {candidates[i + 1]} instead")
+                continue
+            self.last_saved = state.progress.step
+            return True
+        return False
+
+    def _candidates(self) -> list[Path]:
+        """Complete checkpoints, newest first, none newer than `latest`; the same on all ranks."""
+        found: list[list[str] | CheckpointError] = [[]]
+        if dist.get_rank() == 0:
+            latest = self.folder / LATEST
+            if latest.exists():
+                name = latest.read_text().strip()
+                complete = sorted((p.parent.name for p in self.folder.glob(f"iter_*/{META}")))
+                older = [n for n in complete if n < name]
+                found = [[name, *reversed(older)]]
+        dist.broadcast_object_list(found, src=0)
+        assert isinstance(found[0], list)
+        return [self.folder / name for name in found[0]]
+
+    def _load(self, path: Path, state: TrainState) -> None:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.validation import StrictHandling
+
+        meta = _read_meta(path)
+        _verify(path)
+        if meta["data"] != self.data_fingerprint(meta["progress"]["consumed_samples"]):
+            raise CheckpointError(
+                f"{path} was trained on other data or in another order than data.train and "
+                "run.seed give now; restore the data (a longer stage.train_steps can also need "
+                "more epochs and so another order)"
+            )
+        same_layout = meta["layout"] == state.layout
+        request = _state_dict(state, loading=True)
+        if not same_layout:
+            request.pop(_RNG)
+        try:
+            loaded, missing, unexpected = dist_checkpointing.load(
+                request, str(path), strict=StrictHandling.RETURN_ALL
+            )
+        except dist_checkpointing.core.CheckpointingException as error:
+            raise CheckpointError(f"{path} does not fit this model: {error}") from error
+        missing = {k for k in missing if not k.startswith(_RNG)}
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{path} does not fit this model; only in the checkpoint: "
+                f"{_some(missing)}; only in the model: {_some(unexpected)}"
+            )
+        for i, chunk in enumerate(state.chunks):
+            chunk.load_state_dict(loaded[_model_key(i, len(state.chunks))], strict=True)
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        state.schedule.load_state_dict(loaded["schedule"])
+        state.progress = Progress(**loaded["progress"])
+        if same_layout:
+            _set_rng_state(loaded[_RNG])
+        else:
+            self.say(
+                f"layout changed from {meta['layout']} to {state.layout}: random states start "
+                "anew (they matter only with dropout)"
+            )
+
+    def _finish(self, path: Path, meta: dict[str, Any]) -> None:
+        """Mark the checkpoint complete, move `latest`, drop what retention does not keep."""
+        if dist.get_rank() == 0:
+            try:
+                write_atomically(path / META, json.dumps(meta, indent=1) + "\n")
+                sync_folder(self.folder)
+                write_atomically(self.folder / LATEST, path.name + "\n")
+                self._retain(path.name)
+            except OSError as error:
+                raise CheckpointError(unusable(path, error)) from error
+        self.last_saved = meta["progress"]["step"]
+        dist.barrier()
+
+    def _retain(self, newest: str) -> None:
+        keep_last, keep_every = self.config.keep_last, self.config.keep_every
+        steps = sorted(int(p.name.split("_")[1]) for p in self.folder.glob("iter_*"))
+        kept = set(steps if keep_last is None else steps[-keep_last:])
+        kept |= {s for s in steps if keep_every and s % keep_every == 0}
+        for step in steps:
+            path = self.folder / f"iter_{step:07d}"
+            if step in kept or path.name == newest:
+                continue
+            # Without meta.json it counts as incomplete, whatever a kill leaves behind.
+            (path / META).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _async_queue(self) -> Any:
+        if self._queue is None:
+            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+            self._queue = AsyncCallsQueue()
+        return self._queue
+
+
+class _Damaged(Exception):
+    """A checkpoint whose files are missing, cut or changed."""
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / META).read_text())
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"{META}: {error}") from error
+
+
+def _verify(path: Path) -> None:
+    """Compare every file with the checksums written at save time. All ranks decide alike."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+
+    # Megatron broadcasts what it finds, but not that the list of checksums cannot be read.
+    unreadable: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            json.loads((path / "integrity.json").read_text())
+        except (OSError, ValueError) as error:
+            unreadable = [f"integrity.json: {error}"]
+    dist.broadcast_object_list(unreadable, src=0)
+    if unreadable[0] is not None:
+        raise _Damaged(unreadable[0])
+    try:
+        verify_integrity_manifest(str(path))
+    except CheckpointingException as error:
+        raise _Damaged(" ".join(str(error).split())) from error
+
+
+def _content_metadata() -> dict[str, Any]:
+    """What decides the format of Megatron's sharded state dicts."""
+    return {
+        # Optimizer state in the shape of the parameters, so that any layout can load it.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    metadata = _content_metadata() | {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
+    }
+    result: dict[str, Any] = {}
+    for i, chunk in enumerate(state.chunks):
+        key = _model_key(i, len(state.chunks))
+        result[key] = chunk.sharded_state_dict(metadata=metadata)
+    models = {k: v for key in result for k, v in result[key].items()}
+    result["optimizer"] = state.optimizer.sharded_state_dict(
+        models, is_loading=loading, metadata=metadata
+    )
+    result["schedule"] = state.schedule.state_dict()
+    result["progress"] = asdict(state.progress)
+    result[_RNG] = ShardedObject(
+        _RNG, _get_rng_state(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0
+    )
+    return result
+
+
+def _model_key(index: int, count: int) -> str:
+    return "model" if count == 1 else f"model{index}"
+
+
+def _get_rng_state() -> dict[str, Any]:
+    """Every generator training may draw from. On a host CPU and CUDA state are one."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return ", ".join(shown[:5]) + more if shown else "nothing"
+
+
+def _silence_expected_warnings() -> None:
+    """Megatron announces in the log what is this module's decision."""
+    for name in ("strategies.torch", "strategies.async_utils", "serialization"):
+        logging.getLogger(f"megatron.core.dist_checkpointing.{name}").setLevel(logging.ERROR)

@@ -1,0 +1,122 @@
+"""What stops a run: signals, and steps whose loss or gradient is not a number.
+
+Every decision is made from numbers all ranks share, so no rank goes on alone.
+"""
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+EXIT_COMPLETE = 0
+"""The run reached its last step."""
+EXIT_USER_ERROR = 2
+"""A StrataError: nothing was trained that is not saved."""
+EXIT_STOPPED = 3
+"""A signal asked the run to stop; everything is saved and the same command goes on."""
+EXIT_NON_FINITE = 4
+"""Loss or gradient was not finite and the recipe says stop (or too often)."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Notes a stop signal; the loop asks at safe points."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Handle SIGTERM and SIGUSR1 inside."""
+        previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. A collective: every rank must call it."""
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor([self.signal or 0], device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.signal = int(flag.item()) or None
+        return self.signal is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+@dataclass
+class BadStep:
+    """One step whose loss or gradient was not finite."""
+
+    step: int
+    """The step, counted from 1."""
+    first_sample: int
+    """Index of the first sample of its batch in the training order."""
+    loss: str
+    """Loss, as text: JSON has no NaN."""
+    grad_norm: str
+    """Gradient norm, as text."""
+    action: str
+    """What was done: stop, skip or rollback."""
+    documents: list[list[object]]
+    """[data prefix, document ids] of each sample of the batch."""
+
+
+class BadSteps:
+    """The bad steps of a run, kept in `bad_steps.json` of its directory.
+
+    A batch that caused a rollback is skipped when the run reaches it again.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "bad_steps.json"
+        self.steps: list[BadStep] = []
+        if self.path.exists():
+            self.steps = [BadStep(**entry) for entry in json.loads(self.path.read_text())]
+
+    def add(self, bad: BadStep, write: bool) -> None:
+        """Remember a bad step; the rank that writes also stores it."""
+        self.steps.append(bad)
+        if write:
+            write_atomically(
+                self.path, json.dumps([asdict(s) for s in self.steps], indent=1) + "\n"
+            )
+
+    def must_skip(self, step: int) -> bool:
+        """Whether a rollback marked the batch of this step."""
+        return any(s.step == step and s.action == "rollback" for s in self.steps)
+
+    @property
+    def survived(self) -> int:
+        """Bad steps the run went on from."""
+        return sum(s.action != "stop" for s in self.steps)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one move, after its new content is on the disk."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,115 @@
+"""The run directory: chosen by the user, the same one resumes the same run."""
+
+import errno
+import json
+import shlex
+import sys
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from model.backends import Backends
+from recipes.compose import to_yaml
+from recipes.errors import ConfigError
+from recipes.schema import Recipe
+from train.guards import write_atomically
+
+MAY_CHANGE = (
+    "parallel",
+    "cluster",
+    "checkpoint",
+    "logging",
+    "guard",
+    "run.dir",
+    "device",
+    "traceback",
+    "stage.train_steps",
+    "stage.train_tokens",
+    "stage.micro_batch_size",
+    "stage.eval_interval",
+    "stage.eval_steps",
+    "data.cache",
+    "data.sources",
+    "data.prepare_if_missing",
+    "data.prepare_workers",
+)
+"""Keys and groups a resumed run may change: none alters what the next step computes, except
+stage.train_*, which extends the run (and its schedule, if that has no length of its own)."""
+
+
+def prepare(recipe: Recipe, backends: Backends) -> list[str]:
+    """Create the directory or check that it belongs to this recipe; write what describes it.
+
+    Returns:
+        One `key: old -> new` line for each allowed change since the last start.
+
+    Raises:
+        ConfigError: another run lives there (the keys that differ are named), or the
+            directory cannot be written.
+    """
+    folder = Path(recipe.run.dir)
+    try:
+        for name in ("checkpoints", "plots", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").write_text("")
+        (folder / ".writable").unlink()
+        changed = _compare(folder / "config.json", recipe)
+        write_atomically(folder / "config.json", json.dumps(asdict(recipe), indent=1) + "\n")
+        write_atomically(folder / "config.yaml", to_yaml(recipe))
+        command = shlex.join([sys.executable, "-m", "train", *sys.argv[1:]])
+        with (folder / "command.txt").open("a") as file:
+            file.write(command + "\n")
+        environment = {"backends": backends.as_dicts(), "python": sys.version}
+        write_atomically(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(unusable(folder, error)) from error
+    return changed
+
+
+def unusable(folder: Path, error: OSError) -> str:
+    """Why a directory cannot be used, and what to do."""
+    remedy = {
+        errno.ENOSPC: "free some space and start again; the last checkpoint is intact",
+        errno.EDQUOT: "free some of your quota and start again; the last checkpoint is intact",
+    }.get(error.errno or 0, "choose a directory you can write to")
+    return f"run.dir={folder}: {error.strerror or error}; {remedy}"
+
+
+def _compare(path: Path, recipe: Recipe) -> list[str]:
+    if not path.exists():
+        if (path.parent / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"run.dir={path.parent} holds metrics of a run without its config.json; "
+                "choose another run.dir"
+            )
+        return []
+    old, new = flat(json.loads(path.read_text())), flat(asdict(recipe))
+    different = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+    lines = {k: f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(different)}
+    fixed = [line for key, line in lines.items() if not _may_change(key)]
+    if fixed:
+        raise ConfigError(
+            f"run.dir={path.parent} belongs to a run with another configuration "
+            f"({'; '.join(fixed)}); choose another run.dir or undo these changes"
+        )
+    return list(lines.values())
+
+
+def _may_change(key: str) -> bool:
+    return any(key == k or key.startswith(k + ".") for k in MAY_CHANGE)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested mappings and lists."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        tree = {f.name: getattr(tree, f.name) for f in fields(tree)}
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    else:
+        return {prefix: tree}
+    result: dict[str, Any] = {}
+    for key, value in items:
+        result |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return result

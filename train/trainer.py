@@ -1,0 +1,272 @@
+"""The training loop: read, step, check, report, validate, save."""
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from model.pattern import parse_pattern
+from recipes.errors import StrataError
+from recipes.schema import Recipe
+from train.checkpoint import Checkpointer, TrainState
+from train.guards import (
+    EXIT_COMPLETE,
+    EXIT_NON_FINITE,
+    EXIT_STOPPED,
+    BadStep,
+    BadSteps,
+    StopRequest,
+)
+from train.metrics import Reporter
+from train.optimizer import tokens_per_step, train_steps
+from train.step import Routers, StepResult, forward_step, reduce_losses
+
+
+class Trainer:
+    """Trains one stage of one run from wherever its state stands to its last step.
+
+    Args:
+        recipe: the validated recipe.
+        state: model, optimizer, schedule and progress.
+        routers: the model's routers, also wired in as finalize_model_grads_func.
+        data: train and validation batches (`data.batches.Batches`).
+        checkpointer: saves and loads the state.
+        reporter: where records go.
+        flops_per_token: training FLOPs of one token, for the FLOP/s figure.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        state: TrainState,
+        routers: Routers,
+        data: Any,
+        checkpointer: Checkpointer,
+        reporter: Reporter,
+        flops_per_token: float,
+    ) -> None:
+        self.recipe = recipe
+        self.state = state
+        self.routers = routers
+        self.data = data
+        self.checkpointer = checkpointer
+        self.reporter = reporter
+        self.flops_per_token = flops_per_token
+        self.stop = StopRequest()
+        self.bad_steps = BadSteps(Path(recipe.run.dir))
+        self.last_step = train_steps(recipe.stage)
+        self.mtp_depths = parse_pattern(recipe.model.hybrid_layer_pattern).mtp_depths
+        dp = state.layout["dp"]
+        self.num_microbatches = recipe.stage.global_batch_size // (
+            recipe.stage.micro_batch_size * dp
+        )
+        self._forward_backward = get_forward_backward_func()
+        self.gradient_elements = gradient_elements(state.optimizer)
+        self._batches: Iterator[dict[str, torch.Tensor]] | None = None
+
+    def fit(self) -> int:
+        """Train to the last step.
+
+        Returns:
+            The exit code: complete, stopped by a signal, or stopped by a bad step.
+        """
+        with self.stop.listening():
+            code = self._loop()
+            if self.checkpointer.last_saved != self.state.progress.step:
+                self.checkpointer.save(self.state)
+            self.checkpointer.close()
+        return code
+
+    def _loop(self) -> int:
+        stage, checkpoint = self.recipe.stage, self.recipe.checkpoint
+        while self.state.progress.step < self.last_step:
+            if self.stop.agreed():
+                return EXIT_STOPPED
+            started = time.perf_counter()
+            result = self._step()
+            seconds = time.perf_counter() - started
+            if result.updated is False and not result.dropped:
+                action = self._handle_bad_step(result)
+                if action == "stop":
+                    return EXIT_NON_FINITE
+                if action == "rollback":
+                    continue
+            step = self.state.progress.step
+            record = self._record(result, seconds)
+            due = stage.eval_interval and step % stage.eval_interval == 0
+            if self.data.has_validation and (due or step == self.last_step):
+                loss = self.evaluate()
+                if loss is not None:
+                    record["validation_loss"] = loss
+            self.reporter.step(record)
+            self.checkpointer.poll()
+            if checkpoint.save_interval and step % checkpoint.save_interval == 0:
+                self.checkpointer.save(self.state)
+        return EXIT_COMPLETE
+
+    def _step(self) -> StepResult:
+        """Forward, backward and update on the next global batch."""
+        if self.bad_steps.must_skip(self.state.progress.step + 1):
+            self._advance()
+            self._batches = None
+            return StepResult(loss=math.nan, grad_norm=math.nan, updated=False, dropped=True)
+        state = self.state
+        if self._batches is None:
+            self._batches = self.data.train_from(state.progress.consumed_samples)
+        biases = self.routers.biases()
+        for chunk in state.chunks:
+            chunk.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        reports = self._run(self._batches, self.num_microbatches, forward_only=False)
+        result = reduce_losses(reports, self.routers, self.mtp_depths, self.num_microbatches)
+        # Asked before the update, which would write NaN into every weight.
+        state.optimizer.prepare_grads()
+        result.grad_norm = float(state.optimizer.get_grad_norm())
+        if result.finite:
+            _, _, zeros = state.optimizer.step()
+            result.zero_grad_share = float(zeros) / self.gradient_elements
+        else:
+            result.updated = False
+            self.routers.restore_biases(biases)
+        self._advance()
+        return result
+
+    def _advance(self, sign: int = 1) -> None:
+        """Move the position by one step (or back)."""
+        progress, stage = self.state.progress, self.recipe.stage
+        progress.step += sign
+        progress.consumed_samples += sign * stage.global_batch_size
+        progress.consumed_tokens += sign * tokens_per_step(stage)
+        self.state.schedule.step(increment=sign * tokens_per_step(stage))
+
+    def evaluate(self) -> float | None:
+        """Mean loss on the first held-out batches; None if a stop signal came meanwhile."""
+        for chunk in self.state.chunks:
+            chunk.eval()
+        batches = self.data.validation()
+        reports: list[torch.Tensor] = []
+        stopped = False
+        with torch.no_grad():
+            for _ in range(self.recipe.stage.eval_steps):
+                if self.stop.agreed():
+                    stopped = True
+                    break
+                reports += self._run(batches, self.num_microbatches, forward_only=True)
+        for chunk in self.state.chunks:
+            chunk.train()
+        loss = reduce_losses(reports, None, 0, 1).loss
+        return None if stopped else loss
+
+    def _run(
+        self,
+        batches: Iterator[dict[str, torch.Tensor]],
+        num_microbatches: int,
+        forward_only: bool,
+    ) -> list[torch.Tensor]:
+        """One pass of Megatron's schedule; [loss sum, tokens] of each micro batch."""
+        chunks = self.state.chunks
+        return self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[batches] * len(chunks) if len(chunks) > 1 else batches,
+            model=chunks,
+            num_microbatches=num_microbatches,
+            seq_length=self.recipe.stage.sequence_length,
+            micro_batch_size=self.recipe.stage.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def _handle_bad_step(self, result: StepResult) -> str:
+        """Note a step that is not finite and do what the recipe says; returns what was done."""
+        guard, progress = self.recipe.guard, self.state.progress
+        action = guard.non_finite
+        if self.bad_steps.survived >= guard.max_non_finite:
+            action = "stop"
+        writes = dist.get_rank() == 0
+        first = progress.consumed_samples - self.recipe.stage.global_batch_size
+        samples = range(first, progress.consumed_samples)
+        bad = BadStep(
+            step=progress.step,
+            first_sample=first,
+            loss=str(result.loss),
+            grad_norm=str(result.grad_norm),
+            action=action,
+            documents=self.data.documents(samples) if writes else [],
+        )
+        self.bad_steps.add(bad, write=writes)
+        self.reporter.say(
+            f"step {bad.step}: loss {bad.loss}, gradient norm {bad.grad_norm}: {action}; "
+            f"the documents of its batch are in {self.bad_steps.path}"
+        )
+        if action == "stop":
+            self._advance(-1)  # so that a mended run goes on with this batch
+        elif action == "rollback":
+            self._roll_back()
+        return action
+
+    def _roll_back(self) -> None:
+        self.checkpointer.wait()
+        if not self.checkpointer.load(self.state):
+            raise StrataError(
+                "guard.non_finite=rollback, but there is no checkpoint to go back to; "
+                "set checkpoint.save_interval"
+            )
+        self.reporter.rewind(self.state.progress.step)
+        self._batches = None
+
+    def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
+        progress = self.state.progress
+        tokens = tokens_per_step(self.recipe.stage)
+        record: dict[str, Any] = {
+            "step": progress.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": self._learning_rate(),
+            "tokens": progress.consumed_tokens,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_per_second": tokens * self.flops_per_token / seconds,
+            "seconds": seconds,
+            "mtp_loss": result.mtp_losses,
+            "load_balance_loss": result.load_balance_loss,
+            "zero_grad_share": result.zero_grad_share,
+            "max_violation": result.max_violation,
+            "memory_gib": _peak_memory_gib(),
+            "updated": result.updated,
+        }
+        if self.recipe.logging.log_params_hash:
+            from train.hashes import parameters_hash
+
+            record["params_hash"] = parameters_hash(self.state.chunks)
+        return record
+
+    def _learning_rate(self) -> float:
+        from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+        return float(get_canonical_lr_for_logging(self.state.optimizer.param_groups) or 0.0)
+
+
+def _peak_memory_gib() -> float:
+    """Peak memory of this process: the GPU's, or the resident set on a host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def gradient_elements(optimizer: Any) -> int:
+    """Elements of the whole gradient, each counted once, as Megatron counts its zeros."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    own = sum(
+        p.numel()
+        for p in optimizer.get_parameters()
+        if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)
+    )
+    total = torch.tensor([own], device=torch.cuda.current_device())
+    dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    return int(total.item())
