@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "tensorboard==2.21.0",
     "hydra-core==1.3.8",
     "omegaconf==2.3.1",
+    "PyYAML==6.0.3",
     "psutil==7.2.2",  # Megatron's checkpoint writer fails with an empty error without it
     "tqdm==4.70.1",
     "matplotlib==3.11.2",

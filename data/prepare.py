@@ -113,8 +113,8 @@ def _train_tokenizer(cfg: DataConfig, sources: list[Source]) -> None:
         first = next(texts, None)
         if first is None:
             raise DataError(f"{_empty(chosen[0])}, so there is nothing to train a tokenizer on")
-        train_bpe(chain([first], texts), path, tokenizer.train_vocab_size)
-    print(f"{tokenizer.path}: tokenizer trained, {tokenizer.train_vocab_size} tokens", flush=True)
+        size = train_bpe(chain([first], texts), path, tokenizer.train_vocab_size)
+    print(f"{tokenizer.path}: tokenizer trained, {size:,} tokens", flush=True)
 
 
 def _spread(sources: list[Source]) -> Iterator[str]:

@@ -178,7 +178,7 @@ def is_trained(cfg: TokenizerConfig) -> bool:
     return True
 
 
-def train_bpe(texts: Iterable[str], path: Path, vocab_size: int) -> None:
+def train_bpe(texts: Iterable[str], path: Path, vocab_size: int) -> int:
     """Train a byte-level BPE and save it as a Hugging Face directory.
 
     The same texts give the same files. Only about the first 8 MB are used: pass texts that
@@ -188,6 +188,9 @@ def train_bpe(texts: Iterable[str], path: Path, vocab_size: int) -> None:
         texts: documents.
         path: directory to write; tokenizer.json comes last, so it is complete or absent.
         vocab_size: tokens, the 256 bytes and the end-of-text token included.
+
+    Returns:
+        Tokens learned: fewer than asked for if the texts have no more merges.
 
     Raises:
         ConfigError: vocabulary too small for the bytes.
@@ -222,6 +225,7 @@ def train_bpe(texts: Iterable[str], path: Path, vocab_size: int) -> None:
     temporary = path / "tokenizer.json.tmp"
     tokenizer.save(str(temporary))
     os.replace(temporary, path / "tokenizer.json")
+    return int(tokenizer.get_vocab_size())
 
 
 def _first_bytes(texts: Iterable[str]) -> Iterator[str]:

@@ -115,7 +115,7 @@ def _mamba_runs(kind: str) -> str:
 
 def _apex() -> Backend:
     if importlib.util.find_spec("apex") is None:
-        return Backend("apex", "absent", "-", "Megatron's own multi-tensor and AdamW code instead")
+        return Backend("apex", "absent", "-", "Transformer Engine's AdamW and multi-tensor code instead")
     return Backend("apex", "real", "NVIDIA", "fused optimizer kernels")
 
 

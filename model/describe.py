@@ -119,9 +119,9 @@ def _layer_table(layers: Sequence[LayerCount]) -> str:
 def _mtp(model: ModelConfig, pattern: Pattern, counts: Counts) -> str:
     blocks = len(counts.mtp_layers) // len(pattern.mtp)
     times = pattern.mtp_depths // blocks
+    run = f"1 block, run {times} times" if blocks == 1 else f"{blocks} blocks, run once each"
     head = (
-        f"multi-token prediction: {blocks} block{'s' if blocks > 1 else ''}, each run "
-        f"{times} time{'s' if times > 1 else ''} and followed by the shared output head; "
+        f"multi-token prediction: {run}, the shared output head after each; "
         f"{counts.mtp_projections:,} parameters in eh_proj and norms"
     )
     return head + "\n" + _layer_table(counts.mtp_layers)

@@ -81,7 +81,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.params_dtype == "bf16",
-        sequence_parallel=tp > 1 if parallel.sequence_parallel is None
+        sequence_parallel=tp > 1
+        if parallel.sequence_parallel is None
         else parallel.sequence_parallel,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         normalization="RMSNorm",

@@ -23,6 +23,9 @@ from recipes.errors import ConfigError, StrataError
 from recipes.keys import describe_keys, nearest, plain_key, valid_keys
 from recipes.schema import Recipe
 
+_SHIPPED = Path(__file__).parent
+"""The recipes of this package."""
+
 USAGE = """usage: python -m {module} [GROUP=CHOICE | KEY=VALUE]...
 
   experiment=NAME   one of: {experiments}
@@ -118,7 +121,7 @@ def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
 
 
 def _roots(config_dir: Path | None) -> list[Path]:
-    return [Path(__file__).parent, *([config_dir] if config_dir else [])]
+    return [_SHIPPED, *([config_dir] if config_dir else [])]
 
 
 def _existing(config_dir: Path | str | None) -> Path | None:
@@ -127,6 +130,10 @@ def _existing(config_dir: Path | str | None) -> Path | None:
     folder = Path(config_dir).expanduser().resolve()
     if not folder.is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a folder; give one with recipes in it")
+    shipped = {f.relative_to(_SHIPPED) for f in _SHIPPED.rglob("*.yaml")}
+    for file in sorted(folder.glob("*/*.yaml")):
+        if file.relative_to(folder) in shipped:  # Hydra would read the shipped one
+            raise ConfigError(f"{file} has the name of a shipped recipe; give it another name")
     return folder
 
 

@@ -29,18 +29,17 @@ def plain_key(key: str) -> str:
 def nearest(name: str, valid: Iterable[str], groups: Iterable[str]) -> str:
     """`did you mean X?` for the closest of the valid names, or where to find them."""
     valid = list(valid)
-    leaf = name.rsplit(".", 1)[-1]
-    leaves = {v.rsplit(".", 1)[-1]: v for v in reversed(valid)}
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+    parent, _, leaf = name.rpartition(".")
+    leaves = {v.rpartition(".")[2]: v for v in reversed(valid)}
+    siblings = {v.rpartition(".")[2]: v for v in valid if v.rpartition(".")[0] == parent}
     if leaf in leaves:  # right name, wrong group
-        close = [leaves[leaf]]
-    elif not close:
-        close = [leaves[x] for x in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
-    if close:
-        return f"did you mean {close[0]}?"
-    parent = name.rsplit(".", 1)[0]
-    if parent.endswith("[]"):
-        return f"{parent} takes " + ", ".join(v for v in valid if v.startswith(parent))
+        return f"did you mean {leaves[leaf]}?"
+    for candidates in (siblings, leaves):
+        close = difflib.get_close_matches(leaf, candidates, n=1, cutoff=0.7)
+        if close:
+            return f"did you mean {candidates[close[0]]}?"
+    if parent.endswith("[]") and siblings:
+        return f"{parent} takes " + ", ".join(siblings.values())
     return "the groups are " + ", ".join(groups) + "; --keys prints every key"
 
 

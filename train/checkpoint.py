@@ -181,6 +181,7 @@ class Checkpointer:
     def _load(self, path: Path, state: TrainState) -> None:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.validation import StrictHandling
+        from megatron.core.utils import unwrap_model
 
         meta = _read_meta(path)
         _verify(path)
@@ -207,7 +208,7 @@ class Checkpointer:
                 f"{_some(missing)}; only in the model: {_some(unexpected)}"
             )
         for i, chunk in enumerate(state.chunks):
-            chunk.load_state_dict(loaded[_model_key(i, len(state.chunks))], strict=True)
+            unwrap_model(chunk).load_state_dict(loaded[_model_key(i, len(state.chunks))], strict=True)
         state.optimizer.load_state_dict(loaded["optimizer"])
         state.schedule.load_state_dict(loaded["schedule"])
         state.progress = Progress(**loaded["progress"])
@@ -299,6 +300,7 @@ def _content_metadata() -> dict[str, Any]:
 def _state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.utils import unwrap_model
 
     metadata = _content_metadata() | {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -306,7 +308,7 @@ def _state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for i, chunk in enumerate(state.chunks):
         key = _model_key(i, len(state.chunks))
-        result[key] = chunk.sharded_state_dict(metadata=metadata)
+        result[key] = unwrap_model(chunk).sharded_state_dict(metadata=metadata)
     models = {k: v for key in result for k, v in result[key].items()}
     result["optimizer"] = state.optimizer.sharded_state_dict(
         models, is_loading=loading, metadata=metadata

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.errors import StrataError
 from recipes.schema import Recipe
 from train.world import check_world, joined_world, launched, start_ranks
 
@@ -28,10 +29,11 @@ def run(recipe: Recipe) -> int:
 
     from model.backends import install_backends
 
-    backends = install_backends(recipe.device)
-    validate_recipe(recipe, layout.world_size, backends.device)
-    with joined_world(recipe, backends, launch), _logged(recipe):
-        return train(recipe, layout, backends)
+    with _logged(recipe):
+        backends = install_backends(recipe.device)
+        validate_recipe(recipe, layout.world_size, backends.device)
+        with joined_world(recipe, backends, launch):
+            return train(recipe, layout, backends)
 
 
 def train(recipe: Recipe, layout: "Layout", backends: "Backends") -> int:
@@ -121,6 +123,8 @@ def _logged(recipe: Recipe) -> Iterator[None]:
     warnings.simplefilter("default")
     try:
         yield
+    except StrataError:
+        raise
     except Exception:
         logging.getLogger("strata").exception("run failed")
         raise

@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data import prepare as prepare_module
 from data import writer
-from data.manifest import load_manifest, missing_reason
+from data.manifest import Manifest, load_manifest, missing_reason
 from data.prepare import ensure_prepared, prepare
 from data.tokenizer import build_tokenizer, codec
 from data.workers import encode_all
@@ -35,6 +35,12 @@ def files_of(prefix: Path) -> dict[str, bytes]:
     return {s: Path(f"{prefix}{s}").read_bytes() for s in (".bin", ".idx")}
 
 
+def manifest_of(prefix: Path) -> Manifest:
+    manifest = load_manifest(Path(f"{prefix}.json"))
+    assert manifest is not None
+    return manifest
+
+
 def test_pair_holds_the_documents_in_order(tmp_path):
     cfg = prepared(tmp_path, train=TEXTS)
     dataset = IndexedDataset(cfg.train[0].path)
@@ -47,7 +53,7 @@ def test_pair_holds_the_documents_in_order(tmp_path):
 
 def test_manifest_is_true(tmp_path):
     cfg = prepared(tmp_path, train=["", *TEXTS])
-    manifest = load_manifest(tmp_path / "train.json")
+    manifest = manifest_of(tmp_path / "train")
     assert manifest is not None
     source = tmp_path / "train.jsonl"
     (file,) = manifest.inputs
@@ -99,10 +105,10 @@ def test_changed_inputs_are_named_and_rebuilt(tmp_path, capsys):
     write_jsonl(tmp_path / "train.jsonl", TEXTS[:50])
     prepare(cfg)
     assert "changed files: " + str(tmp_path / "train.jsonl") in capsys.readouterr().out
-    assert load_manifest(tmp_path / "train.json").documents == 50
+    assert manifest_of(tmp_path / "train").documents == 50
     prepare(dataclasses.replace(cfg, sources=[dataclasses.replace(source, max_megabytes=0.001)]))
     assert "max_megabytes was None and is 0.001" in capsys.readouterr().out
-    assert load_manifest(tmp_path / "train.json").bytes <= 1000
+    assert manifest_of(tmp_path / "train").bytes <= 1000
     (tmp_path / "train.bin").write_bytes(b"cut off")
     prepare(dataclasses.replace(cfg, sources=[dataclasses.replace(source, max_megabytes=0.001)]))
     assert "damaged" in capsys.readouterr().out
@@ -123,7 +129,7 @@ def test_tokenizer_is_trained_once_and_its_change_is_noticed(tmp_path, capsys):
     bigger = dataclasses.replace(tokenizer, train_vocab_size=310)
     prepare(dataclasses.replace(cfg, tokenizer=bigger))
     assert "another tokenizer" in capsys.readouterr().out
-    assert load_manifest(tmp_path / "train.json").tokenizer.vocab_size == 310
+    assert manifest_of(tmp_path / "train").tokenizer.vocab_size == 310
     decode = codec(build_tokenizer(bigger)).decode
     dataset = IndexedDataset(cfg.train[0].path)
     assert [decode(ids[:-1]) for ids in dataset] == TEXTS
@@ -164,7 +170,7 @@ def test_interrupted_publication_is_finished(tmp_path, monkeypatch, step, capsys
             prepare(cfg)
     if step == "unlink":  # nothing was moved yet: the old pair is whole
         assert missing_reason(cfg.train[0].path) is None
-        assert load_manifest(tmp_path / "train.json").documents == 60
+        assert manifest_of(tmp_path / "train").documents == 60
     else:
         assert "not finished" in (missing_reason(cfg.train[0].path) or "")
     capsys.readouterr()
@@ -188,7 +194,7 @@ def test_failure_keeps_the_finished_pair(tmp_path):
     with pytest.raises(DataError, match="matches no file"):
         prepare(cfg)
     assert files_of(tmp_path / "train") == before
-    assert load_manifest(tmp_path / "train.json") is not None
+    assert manifest_of(tmp_path / "train").documents == 60
 
 
 def test_a_file_that_grows_meanwhile_is_refused(tmp_path, monkeypatch):
@@ -252,7 +258,7 @@ def test_duplicates_in_code_are_dropped(tmp_path, monkeypatch):
         packages=["one_module", "two_module", "three_module"],
     )
     prepare(config(source))
-    manifest = load_manifest(tmp_path / "train.json")
+    manifest = manifest_of(tmp_path / "train")
     assert (manifest.documents, manifest.skipped) == (2, {"duplicates": 1})
     assert [f.name for f in manifest.inputs] == [
         "one_module/one_module.py",

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from data.sources import Source, open_source
@@ -23,15 +24,12 @@ def read(**keys) -> list[str]:
 
 
 def test_jsonl_and_parquet_give_the_text_column_in_order(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     first = write_jsonl(tmp_path / "b.jsonl", TEXTS[:70])
     second = write_jsonl(tmp_path / "a.jsonl", TEXTS[70:])
     assert read(dataset="json", data_files=[str(first), str(second)]) == TEXTS
     assert read(dataset="json", data_files=[str(tmp_path / "*.jsonl")]) == TEXTS[70:] + TEXTS[:70]
-    table = pyarrow.table({"body": TEXTS, "n": list(range(len(TEXTS)))})
-    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    rows = datasets.Dataset.from_dict({"body": TEXTS, "n": list(range(len(TEXTS)))})
+    rows.to_parquet(tmp_path / "c.parquet")
     files = [str(tmp_path / "c.parquet")]
     assert read(dataset="parquet", data_files=files, text_key="body") == TEXTS
 

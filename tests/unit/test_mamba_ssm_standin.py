@@ -5,6 +5,7 @@ Shapes: b batch, l time, h head, p head channel, g group, n state, w tap.
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def mixer_step_by_step(
     return torch.stack(outputs, 1)
 
 
-def draw(length: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def draw(length: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(length)
 
     def normal(*size: int) -> Tensor:
@@ -74,7 +75,7 @@ def draw(length: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     }
 
 
-def split_scan(t: dict[str, Tensor], **options: object) -> Tensor:
+def split_scan(t: dict[str, Any], **options: Any) -> Any:
     return mamba_split_conv1d_scan_combined(**t, chunk_size=128, headdim=P, ngroups=G, **options)
 
 
@@ -83,7 +84,7 @@ def assert_same_gradients(t: dict[str, Tensor], expected: Tensor, got: Tensor) -
     true = torch.autograd.grad(expected, list(t.values()), weights)
     mine = torch.autograd.grad(got, list(t.values()), weights)
     for name, a, b in zip(t, true, mine, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("length", [1, 3, 32, 75])
@@ -170,7 +171,7 @@ def test_gradcheck_of_the_split_scan() -> None:
     assert torch.autograd.gradcheck(run, (*t.values(), state))
 
 
-def chunk_scan_arguments(length: int) -> dict[str, Tensor]:
+def chunk_scan_arguments(length: int) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(length)
 
     def normal(*size: int) -> Tensor:
@@ -192,12 +193,10 @@ def chunk_scan_arguments(length: int) -> dict[str, Tensor]:
 def test_gradcheck_of_the_chunk_scan() -> None:
     t = chunk_scan_arguments(3)
 
-    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def run(*tensors: Tensor) -> Any:
+        named: dict[str, Any] = dict(zip(t, tensors, strict=True))
         return mamba_chunk_scan_combined(
-            **dict(zip(t, tensors, strict=True)),
-            chunk_size=2,
-            dt_softplus=True,
-            return_final_states=True,
+            **named, chunk_size=2, dt_softplus=True, return_final_states=True
         )
 
     assert torch.autograd.gradcheck(run, tuple(t.values()))
@@ -209,7 +208,7 @@ def test_chunk_scan_agrees_with_hugging_face() -> None:
     reference = modeling_nemotron_h.mamba2_chunk_scan.__wrapped__  # the plain PyTorch function
     t = {name: v.detach().float() for name, v in chunk_scan_arguments(70).items()}
     z = t.pop("z")
-    options = {"chunk_size": 16, "dt_softplus": True, "return_final_states": True}
+    options: dict[str, Any] = {"chunk_size": 16, "dt_softplus": True, "return_final_states": True}
     y_true, final_true = reference(t.pop("x"), **t, **options)
     t = {name: v.detach().float() for name, v in chunk_scan_arguments(70).items()}
     y, final = mamba_chunk_scan_combined(**t, **options)
@@ -309,7 +308,7 @@ def test_gated_norm_agrees_with_hugging_face() -> None:
         ({"seq_idx": torch.tensor([[-1, 0, 0], [0, 0, 0]])}, "seq_idx"),
     ],
 )
-def test_chunk_scan_names_what_it_does_not_implement(options: dict, named: str) -> None:
+def test_chunk_scan_names_what_it_does_not_implement(options: dict[str, Any], named: str) -> None:
     with pytest.raises(NotImplementedError, match=named):
         mamba_chunk_scan_combined(**(chunk_scan_arguments(3) | options), chunk_size=4)
 
@@ -327,7 +326,9 @@ def test_chunk_scan_names_what_it_does_not_implement(options: dict, named: str) 
         ({"chunk_size": 0}, ValueError, "chunk_size"),
     ],
 )
-def test_split_scan_refuses_by_name(options: dict, error: type, named: str) -> None:
+def test_split_scan_refuses_by_name(
+    options: dict[str, Any], error: type[Exception], named: str
+) -> None:
     arguments = {"chunk_size": 4, "headdim": P, "ngroups": G} | draw(3) | options
     with pytest.raises(error, match=named):
         mamba_split_conv1d_scan_combined(**arguments)

@@ -3,6 +3,8 @@
 Shapes: b batch, l time, h head, p head channel, g group, n state.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def recurrence(
     return torch.stack([y for y, _ in rows]), torch.stack([S for _, S in rows])
 
 
-def draw(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def draw(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Random inputs with decays between nearly none and nearly total."""
     rng = torch.Generator().manual_seed(seed)
     b, h, p, g, n = SHAPE.values()
@@ -55,9 +57,9 @@ def draw(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict
     }
 
 
-def inputs_of(t: dict[str, Tensor], chunk_len: int, seq_idx: Tensor | None = None) -> ScanInputs:
-    detached = [t[name].detach() for name in ("x", "dt", "A", "B", "C", "D")]
-    return ScanInputs(*detached, seq_idx, chunk_len)
+def inputs_of(t: dict[str, Any], chunk_len: int, seq_idx: Tensor | None = None) -> ScanInputs:
+    x, dt, A, B, C, D = (t[name].detach() for name in ("x", "dt", "A", "B", "C", "D"))
+    return ScanInputs(x, dt, A, B, C, D, seq_idx, chunk_len)
 
 
 @pytest.mark.parametrize("block_elements", [1, 1 << 20], ids=["chunk-by-chunk", "one-block"])
@@ -77,7 +79,7 @@ def test_values_and_gradients_are_those_of_the_recurrence(
     torch.testing.assert_close(final, final_true, rtol=1e-10, atol=1e-10)
     grads = scan_backward(dy, inputs, starts, dfinal)
     for name, expected, got in zip(t, true, grads, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=f"{name}: {{}}".format)
 
 
 def test_chunk_length_does_not_change_the_result() -> None:
@@ -112,7 +114,7 @@ def test_strong_decay_stays_finite() -> None:
     )
     y, starts, final = scan_forward(inputs)
     grads = scan_backward(torch.ones_like(y), inputs, starts)
-    assert all(torch.isfinite(v).all() for v in (y, final, *grads))
+    assert all(v is not None and torch.isfinite(v).all() for v in (y, final, *grads))
 
 
 def test_a_step_of_zero_leaves_the_state_alone_and_has_a_gradient() -> None:
@@ -137,7 +139,7 @@ def test_documents_in_a_row_equal_documents_alone() -> None:
     y, starts, _ = scan_forward(inputs)
     dy = torch.randn_like(y)
     packed = scan_backward(dy, inputs, starts)
-    dA, dD = torch.zeros_like(packed.A_h), torch.zeros_like(packed.D_h)
+    dA, dD = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for start, length in zip((0, 3, 8, 9, 39, 41), lengths, strict=True):
         rows = slice(start, start + length)
         cut = {
@@ -153,6 +155,7 @@ def test_documents_in_a_row_equal_documents_alone() -> None:
                 getattr(packed, name)[:, rows], getattr(grads, name), rtol=1e-10, atol=1e-10
             )
         dA += grads.A_h
+        assert grads.D_h is not None
         dD += grads.D_h
     torch.testing.assert_close(packed.A_h, dA, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(packed.D_h, dD, rtol=1e-10, atol=1e-10)
@@ -210,7 +213,9 @@ def test_low_precision_stays_near_float64(dtype: torch.dtype, tolerance: float) 
     results = []
     for exact in (True, False):
         cast = (lambda t: t.double()) if exact else (lambda t: t)
-        inputs = ScanInputs(*(cast(t) for t in (x, dt, A, B, C, D)), None, 32)
+        inputs = ScanInputs(
+            cast(x), cast(dt), cast(A), cast(B), cast(C), cast(D), seq_idx_bl=None, chunk_len=32
+        )
         y, starts, _ = scan_forward(inputs)
         results.append((y, *scan_backward(cast(dy), inputs, starts)[:6]))
     for name, expected, got in zip("y dx ddt dA dB dC dD".split(), *results, strict=True):
@@ -225,7 +230,7 @@ class LargestResult(TorchDispatchMode):
         super().__init__()
         self.numel = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not result._is_view():
             self.numel = max(self.numel, result.untyped_storage().nbytes() // result.element_size())

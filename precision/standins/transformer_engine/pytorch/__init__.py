@@ -5,7 +5,7 @@ from .fp8 import autocast, fp8_autocast, fp8_model_init, quantized_model_init
 from .grouped_linear import GroupedLinear
 from .linear import LayerNormLinear, Linear
 from .norm import LayerNorm, RMSNorm
-from . import cross_entropy, distributed, ops, router, tensor
+from . import cross_entropy, distributed, ops, optimizers, router, tensor
 
 __all__ = [
     "DotProductAttention",
@@ -20,6 +20,7 @@ __all__ = [
     "fp8_autocast",
     "fp8_model_init",
     "ops",
+    "optimizers",
     "quantized_model_init",
     "router",
     "tensor",

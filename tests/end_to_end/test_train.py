@@ -1,0 +1,151 @@
+"""The main job as its user does it: train, be killed or stopped, go on, bit for bit."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.training import (
+    SMALL,
+    Command,
+    end_with,
+    essence,
+    records,
+    sources,
+    wait_for_step,
+)
+
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data folder."""
+    folder = tmp_path_factory.mktemp("data")
+    Command([*SMALL, sources(folder)], folder, "data.prepare").run()
+    return folder
+
+
+def train(data: Path, run: Path, *overrides: str) -> Command:
+    steps = () if any("train_steps" in o for o in overrides) else (f"stage.train_steps={STEPS}",)
+    return Command([*SMALL, sources(data), f"run.dir={run}", *steps, *overrides], data)
+
+
+@pytest.fixture(scope="session")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run nothing happened to, with a checkpoint at steps 6 and 12."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(data, run, "checkpoint.save_interval=6").run()
+    return run
+
+
+def test_a_run_writes_what_its_user_needs(straight: Path) -> None:
+    lines = records(straight)
+    assert [r["step"] for r in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert lines[-1]["validation_loss"] < lines[0]["loss"]
+    assert len(lines[0]["mtp_loss"]) == 2 and len(lines[0]["max_violation"]) == 3
+    assert 0.5 < lines[0]["load_balance_loss"] < 4
+    assert 0 <= lines[0]["zero_grad_share"] < 1
+    assert lines[-1]["tokens"] == STEPS * 4 * 64
+    for name in ("config.yaml", "command.txt", "environment.json", "plots/curves.png"):
+        assert (straight / name).stat().st_size > 0, name
+    table = json.loads((straight / "environment.json").read_text())["backends"]
+    assert {b["component"] for b in table} >= {"transformer_engine", "mamba_ssm", "CUDA runtime"}
+    assert (straight / "checkpoints/latest").read_text().strip() == f"iter_{STEPS:07d}"
+
+
+def test_killed_and_resumed_equals_straight(data: Path, straight: Path, tmp_path: Path) -> None:
+    command = train(data, tmp_path / "run", "checkpoint.save_interval=6")
+    process = command.start()
+    wait_for_step(process, tmp_path / "run", 8)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "iter_0000006"
+    output = command.run()
+    assert "resumed at step 6" in output
+    assert essence(records(tmp_path / "run")) == essence(records(straight))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals, data: Path, straight: Path, tmp_path: Path
+) -> None:
+    # With SIGUSR1 the signal comes while the run validates, which would take minutes.
+    validating = number == signal.SIGUSR1
+    evaluation = ("stage.eval_interval=3", "stage.eval_steps=2000") if validating else ()
+    run = tmp_path / "run"
+    process = train(data, run, *evaluation).start()
+    wait_for_step(process, run, 2 if validating else 3)
+    if validating:
+        with pytest.raises(Exception, match="timed out"):  # step 3 is done, its line waits
+            process.communicate(timeout=3)
+    end_with(process, number, code=3)
+    stopped = len(records(run))
+    assert 3 <= stopped < STEPS
+    assert (run / "checkpoints/latest").read_text().strip() == f"iter_{stopped:07d}"
+    train(data, run).run()
+    assert essence(records(run)) == essence(records(straight))
+
+
+def test_two_ranks_train_and_one_goes_on(data: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(
+        data, run, "parallel.data_parallel_size=2", "stage.train_steps=6",
+        "optimizer.lr_schedule_tokens=3072",
+    ).run()
+    assert {p.name for p in (run / "logs").iterdir()} >= {"rank0.log", "rank1.log"}
+    output = train(data, run, "optimizer.lr_schedule_tokens=3072").run()
+    assert "layout changed" in output and "resumed at step 6" in output
+    # Other sums in another order: BF16 rounding, not bits.
+    for ours, theirs in zip(records(run), records(straight), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+
+
+def test_a_damaged_checkpoint_is_named(data: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    newest = run / f"checkpoints/iter_{STEPS:07d}"
+    shard = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    more = ("checkpoint.save_interval=6", f"run.dir={run}")
+    output = train(data, run, *more).run(code=2)
+    assert shard.name in output and "checkpoint.allow_previous=true" in output
+    assert "Traceback" not in output
+    output = train(data, run, *more, "checkpoint.allow_previous=true").run()
+    assert "resumed at step 6" in output
+    assert essence(records(run)) == essence(records(straight))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.hiden_size=4"], ["model.hiden_size", "did you mean model.hidden_size"]),
+        (["model.num_moe_experts=eight"], ["model.num_moe_experts", "int"]),
+        (["model.hybrid_layer_pattern=MEX"], ["'X' at position 2"]),
+        (["parallel.expert_model_parallel_size=3"], ["parallel.expert_model_parallel_size=3"]),
+        (["stage.micro_batch_size=3"], ["stage.global_batch_size=4"]),
+        (["data.train=[{path: nowhere/train}]"], ["nowhere/train", "data.prepare"]),
+        (["model.vocab_size=256"], ["model.vocab_size=256", "512"]),
+        (["run.dir=/proc/run"], ["run.dir=/proc/run"]),
+        (["device=cuda"], ["device=cuda", "device=host"]),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    overrides: list[str], words: list[str], data: Path, tmp_path: Path
+) -> None:
+    output = train(data, tmp_path / "run", *overrides).run(code=2)
+    assert "Traceback" not in output
+    message = [line for line in output.splitlines() if "Error: " in line]
+    assert len(message) == 1, output
+    for word in words:
+        assert word in message[0], message[0]
+
+
+def test_a_directory_of_another_run_is_refused(data: Path, straight: Path) -> None:
+    before = (straight / "metrics.jsonl").read_bytes()
+    output = train(data, straight, "optimizer.lr=1e-3", "run.seed=7").run(code=2)
+    assert "optimizer.lr: 0.006 -> 0.001" in output and "run.seed: 1234 -> 7" in output
+    assert (straight / "metrics.jsonl").read_bytes() == before
