@@ -77,6 +77,7 @@ class Checkpointer:
         self.last_saved: int | None = None
         self._queue: Any = None
         _silence_expected_warnings()
+        _use_local_results_queue(config.async_save)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of the current step; in the background if so configured.
@@ -354,3 +355,19 @@ def _silence_expected_warnings() -> None:
     """Megatron announces in the log what is this module's decision."""
     for name in ("strategies.torch", "strategies.async_utils", "serialization"):
         logging.getLogger(f"megatron.core.dist_checkpointing.{name}").setLevel(logging.ERROR)
+
+
+def _use_local_results_queue(async_save: bool) -> None:
+    """Give Megatron's writer the queue it reports through.
+
+    By default it starts a manager process for it, which imports torch (seconds, half a GiB)
+    and outlives a killed run. Writes happen in threads of this process, or, in the
+    background, in a fork of it: a queue of this process serves both.
+    """
+    import multiprocessing
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    fork = multiprocessing.get_context("fork")
+    filesystem_async._results_queue = fork.Queue() if async_save else queue.Queue()

@@ -149,3 +149,15 @@ def test_a_directory_of_another_run_is_refused(data: Path, straight: Path) -> No
     output = train(data, straight, "optimizer.lr=1e-3", "run.seed=7").run(code=2)
     assert "optimizer.lr: 0.006 -> 0.001" in output and "run.seed: 1234 -> 7" in output
     assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_saving_in_the_background_changes_nothing(
+    data: Path, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = ("checkpoint.async_save=true", "checkpoint.save_interval=2", "checkpoint.keep_every=6")
+    train(data, run, *more, "stage.train_steps=10", "optimizer.lr_schedule_tokens=3072").run()
+    train(data, run, *more, "optimizer.lr_schedule_tokens=3072").run()
+    assert essence(records(run)) == essence(records(straight))
+    kept = sorted(p.name for p in (run / "checkpoints").glob("iter_*"))
+    assert kept == ["iter_0000006", "iter_0000010", "iter_0000012"]

@@ -14,6 +14,7 @@ from model.backends import install_backends
 from model.counts import Counts, count_parameters, flops_per_token, forward_flops, layer_flops
 from recipes.compose import load_recipe
 from recipes.schema import ModelConfig, ParallelConfig
+from tests.unit.world import fresh_world
 
 ALL_KINDS = ["model.hybrid_layer_pattern=ME*-/*E/*E", "model.ffn_hidden_size=64"]
 
@@ -123,13 +124,12 @@ def counted() -> dict[str, Any]:
     """Products of a forward and a backward pass of a tiny model with every kind of layer, as
     PyTorch counts them, and the number of tokens."""
     from model.hybrid import build_model, transformer_config
-    from parallel.groups import one_rank
 
     recipe = load_recipe(["experiment=tiny", "precision=fp32", *ALL_KINDS])
     batch, length = 2, 16
     tokens = torch.randint(4096, (batch, length), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length).expand(batch, length)
-    with one_rank():
+    with fresh_world():
         config = transformer_config(recipe.model, recipe.precision, ParallelConfig())
         model = build_model(recipe, config).train()
         with FlopCounterMode(display=False) as forward:

@@ -9,20 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.backends import install_backends
 from model.hybrid import build_model, init_method_std, params_dtype, transformer_config
 from recipes.compose import load_recipe
 from recipes.schema import ModelConfig, ParallelConfig, PrecisionConfig, Recipe
+from tests.unit.world import fresh_world
 
 LENGTH = 24
 
 
 @pytest.fixture(scope="module", autouse=True)
 def world() -> Iterator[None]:
-    install_backends("host")
-    from parallel.groups import one_rank
-
-    with one_rank(seed=1):
+    with fresh_world(seed=1):
         yield
 
 
