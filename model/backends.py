@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from recipes.errors import ConfigError
 
@@ -63,13 +64,13 @@ def install_backends(device: str = "auto") -> Backends:
     """
     if device == "host":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here must not be seen
+    import torch
+
     from model.mamba_ssm_standin import install as install_mamba_ssm
     from parallel import cuda_runtime
-    from parallel.host_memory import keep_freed_memory
     from parallel.device import choose_device
+    from parallel.host_memory import keep_freed_memory
     from precision.backend import install_transformer_engine
-
-    import torch
 
     chosen = choose_device(device)
     _refuse_foreign_apex()
@@ -115,7 +116,9 @@ def _mamba_runs(kind: str) -> str:
 
 def _apex() -> Backend:
     if importlib.util.find_spec("apex") is None:
-        return Backend("apex", "absent", "-", "Transformer Engine's AdamW and multi-tensor code instead")
+        return Backend(
+            "apex", "absent", "-", "Transformer Engine's AdamW and multi-tensor code instead"
+        )
     return Backend("apex", "real", "NVIDIA", "fused optimizer kernels")
 
 
@@ -149,7 +152,7 @@ def _adapt_megatron_to_host() -> None:
 
     def move_or_convert(
         tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False
-    ) -> torch.Tensor:
+    ) -> Any:
         if as_numpy and isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
             return tensor.numpy()
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)

@@ -172,7 +172,7 @@ class Checkpointer:
             latest = self.folder / LATEST
             if latest.exists():
                 name = latest.read_text().strip()
-                complete = sorted((p.parent.name for p in self.folder.glob(f"iter_*/{META}")))
+                complete = sorted(p.parent.name for p in self.folder.glob(f"iter_*/{META}"))
                 older = [n for n in complete if n < name]
                 found = [[name, *reversed(older)]]
         dist.broadcast_object_list(found, src=0)
@@ -209,7 +209,9 @@ class Checkpointer:
                 f"{_some(missing)}; only in the model: {_some(unexpected)}"
             )
         for i, chunk in enumerate(state.chunks):
-            unwrap_model(chunk).load_state_dict(loaded[_model_key(i, len(state.chunks))], strict=True)
+            unwrap_model(chunk).load_state_dict(
+                loaded[_model_key(i, len(state.chunks))], strict=True
+            )
         state.optimizer.load_state_dict(loaded["optimizer"])
         state.schedule.load_state_dict(loaded["schedule"])
         state.progress = Progress(**loaded["progress"])

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from recipes.schema import LoggingConfig
 
@@ -91,7 +91,11 @@ class Reporter:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=last_step, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5
+                total=last_step,
+                initial=first_step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5,
             )
         if logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -154,6 +158,6 @@ class Reporter:
             id=name,  # the same run directory continues the same wandb run
             resume="allow",
             dir=str(run_dir),
-            mode=logging.wandb,
+            mode=cast(Any, logging.wandb),  # checked with the recipe
             config=config,
         )

@@ -92,7 +92,9 @@ class Routers:
                 if "mtp." in name:
                     # Blocks of further depths that are not repeated share the slots of the
                     # first; the last one is shown.
-                    self._slots.append(len(experts) + (slot - len(experts)) % pattern.mtp.count("E"))
+                    self._slots.append(
+                        len(experts) + (slot - len(experts)) % pattern.mtp.count("E")
+                    )
                     slot += 1
                 else:
                     self._slots.append(experts.index(module.layer_number - 1))

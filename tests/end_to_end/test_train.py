@@ -93,7 +93,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_two_ranks_train_and_one_goes_on(data: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(
-        data, run, "parallel.data_parallel_size=2", "stage.train_steps=6",
+        data,
+        run,
+        "parallel.data_parallel_size=2",
+        "stage.train_steps=6",
         "optimizer.lr_schedule_tokens=3072",
     ).run()
     assert {p.name for p in (run / "logs").iterdir()} >= {"rank0.log", "rank1.log"}

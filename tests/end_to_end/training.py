@@ -74,7 +74,9 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(
+    process: subprocess.Popen[str], run: Path, step: int, seconds: float = 120
+) -> None:
     """Wait until a running command has reported a step."""
     deadline = time.monotonic() + seconds
     while not any(r["step"] >= step for r in records(run)):

@@ -19,8 +19,9 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     return x
 
 
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
+def gather_sequence(x: Tensor, group: Group | None) -> Tensor:
     """[s/tp, ...] on every rank -> [s, ...]."""
+    assert group is not None, "sequence parallelism needs a group"
     full = torch.empty((x.shape[0] * group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
     dist.all_gather_into_tensor(full, x.contiguous(), group=group)
     return full

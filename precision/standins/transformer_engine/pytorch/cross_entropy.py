@@ -64,7 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (-log_p).masked_fill_(ignored, 0.0).view(target.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         probabilities, local, here, log_p, scale, ignored = ctx.saved_tensors
         grad = grad.reshape(-1).float().masked_fill(ignored, 0.0)
         rows = grad if scale is None else grad * scale

@@ -38,7 +38,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         mode, sequence_parallel, group = ctx.mode, ctx.sequence_parallel, ctx.group
         if mode == "row" and sequence_parallel:

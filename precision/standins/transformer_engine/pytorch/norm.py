@@ -24,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         normed = x.to(scale.dtype) * scale
         grad = grad.to(scale.dtype)
