@@ -30,7 +30,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m train.demo
+	$(BIN)/python -m train.demo experiment=tiny run.dir=runs/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow'

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from recipes.schema import ParallelConfig
 
 
-def initialize_groups(parallel: ParallelConfig, seed: int, vp_size: int | None = None) -> None:
+def initialize_groups(parallel: ParallelConfig, seed: int, virtual_stages: int = 1) -> None:
     """Build Megatron's process groups over the initialised torch.distributed world and seed
     the model-parallel random states."""
     from megatron.core import parallel_state
@@ -16,7 +16,7 @@ def initialize_groups(parallel: ParallelConfig, seed: int, vp_size: int | None =
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vp_size,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -30,8 +30,13 @@ def destroy_groups() -> None:
     """Tear down what `initialize_groups` and torch.distributed built."""
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     parallel_state.destroy_model_parallel()
+    # Megatron keeps these for the process; their size is that of the model just trained.
+    destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -21,6 +21,9 @@ def run(recipe: Recipe) -> int:
     """Train the recipe; the exit code says how it ended (see train.guards)."""
     from model.validate import validate_recipe
 
+    # Read by OpenMP when torch is imported: threads that sleep between the many short
+    # operations of a small model take longer to wake than to work (measured: 20 % of a step).
+    os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     launch = launched()
     layout = validate_recipe(recipe, launch.world_size if launch else None)
     check_world(layout.world_size, launch)
@@ -32,7 +35,7 @@ def run(recipe: Recipe) -> int:
     with _logged(recipe):
         backends = install_backends(recipe.device)
         validate_recipe(recipe, layout.world_size, backends.device)
-        with joined_world(recipe, backends, launch):
+        with joined_world(recipe, backends, launch, layout.virtual_stages):
             return train(recipe, layout, backends)
 
 

@@ -74,7 +74,7 @@ def start_ranks(world_size: int, log_dir: Path) -> int:
                 _RENDEZVOUS: f"{folder}/store",
             }
             output = None if rank == 0 else (log_dir / f"rank{rank}.log").open("ab")
-            command = [sys.executable, "-m", "train", *sys.argv[1:]]
+            command = [sys.executable, *sys.orig_argv[1:]]
             ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
         with _passing_on(ranks):
             return _wait(ranks)
@@ -115,7 +115,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], grace_seconds: float = 10.0) -> 
 
 
 @contextlib.contextmanager
-def joined_world(recipe: Recipe, backends: Backends, launch: Launch | None) -> Iterator[None]:
+def joined_world(
+    recipe: Recipe, backends: Backends, launch: Launch | None, virtual_stages: int = 1
+) -> Iterator[None]:
     """torch.distributed and Megatron's groups, up inside and down after.
 
     Raises:
@@ -124,7 +126,6 @@ def joined_world(recipe: Recipe, backends: Backends, launch: Launch | None) -> I
     import torch
     import torch.distributed as dist
 
-    from model.pattern import parse_pattern
     from parallel.groups import destroy_groups, initialize_groups
 
     local = launch.local_world_size if launch else 1
@@ -143,10 +144,8 @@ def joined_world(recipe: Recipe, backends: Backends, launch: Launch | None) -> I
             world_size=launch.world_size,
             timeout=timeout,
         )
-    stages = len(parse_pattern(recipe.model.hybrid_layer_pattern).stages)
-    virtual = stages // recipe.parallel.pipeline_model_parallel_size
     try:
-        initialize_groups(recipe.parallel, recipe.run.seed, virtual if virtual > 1 else None)
+        initialize_groups(recipe.parallel, recipe.run.seed, virtual_stages)
         yield
     finally:
         destroy_groups()

@@ -20,14 +20,6 @@ from tests.end_to_end.training import (
 STEPS = 12
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data folder."""
-    folder = tmp_path_factory.mktemp("data")
-    Command([*SMALL, sources(folder)], folder, "data.prepare").run()
-    return folder
-
-
 def train(data: Path, run: Path, *overrides: str) -> Command:
     steps = () if any("train_steps" in o for o in overrides) else (f"stage.train_steps={STEPS}",)
     return Command([*SMALL, sources(data), f"run.dir={run}", *steps, *overrides], data)

@@ -21,7 +21,7 @@ class _CrossEntropy(torch.autograd.Function):
     """loss = log(sum exp x) - x_target; d loss / d x = softmax(x) - onehot(target).
 
     Like the real library it keeps the probabilities in the logits' dtype for the backward
-    pass. The target's own entry is kept apart in FP32, where p - 1 would lose its digits.
+    pass. The target's own entry is computed in FP32, where p - 1 keeps its digits.
     """
 
     @staticmethod
@@ -35,30 +35,28 @@ class _CrossEntropy(torch.autograd.Function):
         local = target.reshape(-1) - first
         here = (local >= 0) & (local < vocab)
         local = local.where(here, 0).unsqueeze(1)
-        peak, total, chosen = (x.new_empty(rows, dtype=torch.float32) for _ in range(3))
-        # The caller's backward pass needs only the probabilities, never the logits again.
-        probabilities = torch.empty_like(x) if logits.requires_grad else None
+        chosen = x.gather(1, local).squeeze(1).float()
+        log_total = x.new_empty(rows, dtype=torch.float32)
+        probabilities = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         step = max(1, _BLOCK_ELEMENTS // vocab)
         for i in range(0, rows, step):
             block = slice(i, i + step)
-            wide = x[block].to(torch.float32, copy=True)
-            chosen[block] = wide.gather(1, local[block]).squeeze(1)
-            peak[block] = top = wide.amax(1)
-            wide.sub_(top.unsqueeze(1)).exp_()
-            total[block] = share = wide.sum(1)
+            share = torch.softmax(x[block].float(), 1)
+            # log(sum exp x) from the largest entry, whose share is never below 1 / V.
+            log_total[block] = x[block].amax(1).float() - share.amax(1).log_()
             if probabilities is not None:
-                probabilities[block] = wide.div_(share.unsqueeze(1))
+                probabilities[block] = share
         scale = None
         if group is not None:
             chosen.masked_fill_(~here, 0.0)
-            highest = peak.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-            own = total * (peak - highest).exp()
-            total = own.clone()
-            dist.all_reduce(total, group=group)
             dist.all_reduce(chosen, group=group)
-            peak, scale = highest, own / total
-        log_p = chosen - peak - total.log()
+            peak = log_total.clone()
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+            total = (log_total - peak).exp_()
+            dist.all_reduce(total, group=group)
+            whole = peak + total.log_()
+            scale, log_total = (log_total - whole).exp_(), whole
+        log_p = chosen - log_total
         ctx.save_for_backward(probabilities, local, here & ~ignored, log_p, scale, ignored)
         ctx.shape = logits.shape
         return (-log_p).masked_fill_(ignored, 0.0).view(target.shape)
@@ -69,9 +67,9 @@ class _CrossEntropy(torch.autograd.Function):
         grad = grad.reshape(-1).float().masked_fill(ignored, 0.0)
         rows = grad if scale is None else grad * scale
         dx = probabilities * rows.unsqueeze(1).to(probabilities.dtype)
-        at_target = (log_p.exp() - 1) * grad
-        entries = torch.where(here, at_target.to(dx.dtype), dx.gather(1, local).squeeze(1))
-        dx.scatter_(1, local, entries.unsqueeze(1))
+        at_target = ((log_p.exp() - 1) * grad).to(dx.dtype)
+        owned = here.nonzero().squeeze(1)
+        dx[owned, local[owned, 0]] = at_target[owned]
         return dx.view(ctx.shape), None, None, None
 
 

@@ -1,0 +1,42 @@
+"""`python -m tests.end_to_end.poisoned_train STEP OVERRIDES...`: training whose loss is NaN at
+one step, once, on one rank; everything else is the real command."""
+
+import os
+import sys
+from typing import Any
+
+from recipes.compose import run_cli
+from recipes.schema import Recipe
+
+
+def main(recipe: Recipe) -> int:
+    from train import run
+
+    original = run.train
+
+    def start(*arguments: Any) -> int:
+        from train import trainer  # imports Megatron, so not before the backends are in place
+
+        trainer.forward_step = _poison(trainer.forward_step)
+        return original(*arguments)
+
+    run.train = start
+    return run.run(recipe)
+
+
+def _poison(forward_step: Any) -> Any:
+    calls, here = 0, os.environ.get("RANK", "0") == "0"
+
+    def poisoned(batches: Any, model: Any) -> tuple[Any, Any]:
+        nonlocal calls
+        output, loss = forward_step(batches, model)
+        calls += model.training
+        bad = here and calls == 2 * _STEP - 1 and model.training  # two micro batches a step
+        return (output * float("nan") if bad else output), loss
+
+    return poisoned
+
+
+if __name__ == "__main__":
+    _STEP = int(sys.argv.pop(1))
+    run_cli(main, "tests.end_to_end.poisoned_train")
