@@ -135,15 +135,16 @@ def _adapt_megatron_to_host() -> None:
     """Two places where Megatron means "not on a GPU yet" but a host means "already there"."""
     import torch
 
-    # torch.compile would build C++ at the first step, and its import alone costs seconds.
-    # Megatron decorates functions with it while it is imported, before its own switch
-    # (disable_jit_fuser) can be reached.
+    from parallel.fusion import fuse
+
+    # Megatron decorates functions with torch.compile while it is imported, before its own
+    # switch (disable_jit_fuser) can be reached.
     compile_function = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
+    torch.compile = fuse
     try:
         from megatron.core import jit
 
-        jit.disable_jit_fuser()
+        jit.jit_fuser = fuse
     finally:
         torch.compile = compile_function
     from megatron.core.transformer.moe import token_dispatcher

@@ -61,8 +61,8 @@ SMALL: dict[str, Any] = {
     "n_groups": 4,
     "n_routed_experts": 32,
     "num_experts_per_tok": 6,
-    "moe_intermediate_size": 512,
-    "moe_shared_expert_intermediate_size": 1024,
+    "moe_intermediate_size": 384,
+    "moe_shared_expert_intermediate_size": 768,
     "moe_latent_size": 256,
 }
 SHAPES = {"tiny": TINY, "small": SMALL}
