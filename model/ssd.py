@@ -100,10 +100,9 @@ def scan_forward(
         for i, added in enumerate(block.unfold(entering)):
             starts[span.first + i] = state
             state = torch.addcmul(added.to(state.dtype), state, block.total_mbg1e[i])
-        carried = torch.bmm(block.C_kqn, block.states(starts))
-        y_krqp = block.by_head(carried) * block.decay_in_krq.unsqueeze(-1)
-        y_krqp += block.mixing(block.decay(), inputs.D_h) @ block.x_krqp
-        span.heads(y_blhp, groups).copy_(block.unfold(y_krqp))
+        within = block.mixing(block.decay(), inputs.D_h) @ block.x_krqp
+        carried = block.by_head(torch.bmm(block.C_kqn, block.states(starts)))
+        block.store(y_blhp, within, carried, block.decay_in_krq)
     return y_blhp, starts, _head_state(state, heads)
 
 
@@ -137,7 +136,7 @@ def scan_backward(
         dy_krqp = span.heads(dy_blhp, groups).reshape(block.x_krqp.shape)
         inner = _within_chunks(block, dy_krqp, D_h)
         outer, dstate = _between_chunks(block, dy_krqp, block.states(starts), dstate)
-        span.heads(dx, groups).copy_(block.unfold(inner.dx_krqp + outer.dx_krqp))
+        block.store(dx, inner.dx_krqp, outer.dx_krqp, block.decay_out_krq)
         dB_kqn = torch.baddbmm(outer.dB_kqn, inner.dCB_kqq.mT, block.C_kqn)
         dC_kqn = torch.baddbmm(outer.dC_kqn, inner.dCB_kqq, block.B_kqn)
         span.groups(dB).copy_(block.unfold(dB_kqn))
@@ -271,6 +270,17 @@ class _Block:
         """[k, q, e] -> [k, r, q, p], a view."""
         return t_kqe.unflatten(2, (-1, self.x_krqp.shape[-1])).transpose(1, 2)
 
+    def store(
+        self, out_blhp: Tensor, base_krqp: Tensor, t_krqp: Tensor, weight_krq: Tensor
+    ) -> None:
+        """Write base + weight t into this span of `out_blhp`."""
+        out = self.span.heads(out_blhp, self.lead[2])
+        base, t, weight = (self.unfold(v) for v in (base_krqp, t_krqp, weight_krq.unsqueeze(-1)))
+        if out.dtype == weight.dtype:
+            torch.addcmul(base, t, weight, out=out)
+        else:
+            out.copy_((t * weight).add_(base))
+
     def unfold(self, t_k: Tensor) -> Tensor:
         """[k, ...] -> [m, b, g, ...], a view."""
         return t_k.unflatten(0, self.lead)
@@ -308,6 +318,7 @@ class _OuterGrads(NamedTuple):
     """What flows through the states between chunks."""
 
     dx_krqp: Tensor
+    """Before the decay from the token to the chunk's end."""
     dB_kqn: Tensor
     dC_kqn: Tensor
     ds_krq: Tensor
@@ -328,8 +339,8 @@ def _between_chunks(
     for i in reversed(range(block.span.num_chunks)):
         dafter[i] = dstate_bgne
         dstate_bgne = torch.addcmul(dbefore[i].to(dtype), dstate_bgne, block.total_mbg1e[i])
-    dx_krqp = block.by_head(torch.bmm(block.B_kqn, dafter_kne)) * block.decay_out_krq.unsqueeze(-1)
-    dlog_krq = (dx_krqp * block.x_krqp).sum(-1)
+    dx_krqp = block.by_head(torch.bmm(block.B_kqn, dafter_kne))
+    dlog_krq = (dx_krqp * block.x_krqp).sum(-1, dtype=dtype) * block.decay_out_krq
     ds_krq -= dlog_krq
     kept_ke = (dafter_kne * before_kne).sum(1, dtype=dtype)
     kept_kr = kept_ke.unflatten(1, (ds_krq.shape[1], -1)).sum(-1)

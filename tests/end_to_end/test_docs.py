@@ -1,0 +1,67 @@
+"""Every command in the documentation works as it is written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.training import SMALL, sources
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("*/*.md"))]
+
+ELSEWHERE = {
+    "make demo": "tests/end_to_end/test_demo.py",
+    "make test": "this is it",
+    "pip install -e '.[gpu]'": "needs a GPU; the names are checked in tests/unit/test_project.py",
+}
+"""Commands that are not run here, and why."""
+
+
+def commands() -> list[str]:
+    found: dict[str, None] = {}
+    for page in dict.fromkeys(PAGES):
+        for block in re.findall(r"```(?:sh)?\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = " ".join(shlex.split(line, comments=True, posix=False))
+                if command.startswith(("python ", "make ", "pip ")) and command not in ELSEWHERE:
+                    found[command] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str, data: Path, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    assert words[:2] == ["python", "-m"], f"{command}: say in ELSEWHERE where it is tested"
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "a.jsonl").write_text('{"text": "one document"}\n' * 3)
+    (tmp_path / "my_recipes" / "experiment").mkdir(parents=True)
+    (tmp_path / "my_recipes" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - tiny\n"
+    )
+    # The same commands on a model, a corpus and a number of steps that take seconds.
+    small: list[str] = []
+    if words[2] == "train" and not {"--cfg", "--keys", "--help"} & set(words):
+        chosen = {w.split("=")[0] for w in words}
+        small = [o for o in SMALL if o.split("=")[0] not in chosen] + [sources(data)]
+        words = [re.sub(r"^stage.train_steps=.*", "stage.train_steps=2", w) for w in words]
+    elif words[2] == "data.prepare":
+        small = [] if any(w.startswith("data.sources") for w in words) else [sources(tmp_path)]
+    environment = os.environ | {"STRATA_DATA": str(data), "OMP_NUM_THREADS": "1"}
+    if words[2] == "data.prepare":
+        environment["STRATA_DATA"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, *words[1:], *small],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
