@@ -139,8 +139,8 @@ def _adapt_megatron_to_host() -> None:
 
     # Megatron decorates functions with torch.compile while it is imported, before its own
     # switch (disable_jit_fuser) can be reached.
-    compile_function = torch.compile
-    torch.compile = fuse
+    compile_function: Any = torch.compile
+    torch.compile = fuse  # type: ignore[assignment]
     try:
         from megatron.core import jit
 

@@ -20,7 +20,7 @@ def main(recipe: Recipe) -> int:
         trainer.forward_step = _poison(trainer.forward_step)
         return original(*arguments)
 
-    run.train = start
+    run.train = start  # type: ignore[assignment]
     return run.run(recipe)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def poisoned(data: Path, run: Path, step: int, *overrides: str) -> Command:
     return Command([str(step), *recipe], data, "tests.end_to_end.poisoned_train")
 
 
-def bad_steps(run: Path) -> list[dict[str, object]]:
+def bad_steps(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "bad_steps.json").read_text())
 
 
