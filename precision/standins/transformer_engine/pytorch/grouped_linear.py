@@ -69,9 +69,11 @@ class _GroupedProduct(torch.autograd.Function):
             start = 0
             for count, part in zip(ctx.splits, stacked, strict=True):
                 if count:
-                    rows = _aligned(x, count)
-                    own = F.pad(grad[start : start + count], (0, 0, 0, rows - count))
-                    torch.mm(own.t(), _window(x, start, rows), out=part)
+                    # This product sums over the rows, so both factors end in zeros: rows of
+                    # the next expert would cost nothing only while they are finite.
+                    padding = (0, 0, 0, _aligned(x, count) - count)
+                    own, inputs = (F.pad(t[start : start + count], padding) for t in (grad, x))
+                    torch.mm(own.t(), inputs, out=part)
                     start += count
             dw = list(stacked.unbind(0))
         return dx, None, *dw
@@ -132,6 +134,10 @@ class GroupedLinear(WeightedModule):
     ) -> Tensor | tuple[Tensor, None]:
         """x_ti -> y_to; m_splits gives the rows of each expert and sums to the rows of x."""
         splits = m_splits.tolist() if isinstance(m_splits, Tensor) else list(m_splits)
+        if sum(splits) != inp.shape[0]:
+            raise ValueError(
+                f"m_splits={splits} sums to {sum(splits)}, but the input has {inp.shape[0]} rows"
+            )
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         y = _GroupedProduct.apply(inp, splits, *weights)
         return (y, None) if self.return_bias else y
