@@ -4,9 +4,8 @@ Recipe fields that bear a Megatron name are passed on unchanged; everything deri
 derived here (layer counts from the pattern, the initial standard deviation, dtypes).
 """
 
-import copy
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from model.pattern import parse_pattern
@@ -117,11 +116,13 @@ def build_model(
     pattern = recipe.model.hybrid_layer_pattern
     if config.pipeline_model_parallel_size == 1:
         pattern = pattern.replace("|", "")  # Megatron would build the first stage alone
-    spec = copy.deepcopy(hybrid_stack_spec)
-    spec.submodules.mamba_layer.submodules.mixer.params = {
-        "d_conv": recipe.model.mamba_d_conv,
-        "chunk_size": recipe.model.mamba_chunk_size,
-    }
+    # Megatron's own spec with two arguments of the Mamba mixer set.
+    layers = hybrid_stack_spec.submodules
+    mamba = layers.mamba_layer
+    sizes = {"d_conv": recipe.model.mamba_d_conv, "chunk_size": recipe.model.mamba_chunk_size}
+    mixer = replace(mamba.submodules.mixer, params=sizes)
+    mamba = replace(mamba, submodules=replace(mamba.submodules, mixer=mixer))
+    spec = replace(hybrid_stack_spec, submodules=replace(layers, mamba_layer=mamba))
     return HybridModel(
         config=config,
         hybrid_stack_spec=spec,

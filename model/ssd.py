@@ -29,7 +29,7 @@ from torch import Tensor
 
 from model.tiling import accumulation_dtype
 
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 20
 """Elements of a block's largest temporary, so that a few of them share the last-level cache."""
 
 TINY_STEP = 1e-20

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SPAN_ELEMENTS = 1 << 17
-"""Elements of one temporary: half a megabyte in float32, so that a few fit a core's L2."""
+SPAN_ELEMENTS = 1 << 18
+"""Elements of one temporary: a megabyte in float32, so that a few fit the caches."""
 
 
 def spans(length: int, row_elements: int) -> Iterator[tuple[int, int]]:

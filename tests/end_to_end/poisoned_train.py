@@ -1,5 +1,5 @@
-"""`python -m tests.end_to_end.poisoned_train STEP OVERRIDES...`: training whose loss is NaN at
-one step, once, on one rank; everything else is the real command."""
+"""`python -m tests.end_to_end.poisoned_train STEPS OVERRIDES...`: training whose loss is NaN at
+some steps (`5` or `2,3`), on one rank; everything else is the real command."""
 
 import os
 import sys
@@ -31,12 +31,12 @@ def _poison(forward_step: Any) -> Any:
         nonlocal calls
         output, loss = forward_step(batches, model)
         calls += model.training
-        bad = here and calls == 2 * _STEP - 1 and model.training  # two micro batches a step
+        bad = here and (calls + 1) / 2 in _STEPS and model.training  # two micro batches a step
         return (output * float("nan") if bad else output), loss
 
     return poisoned
 
 
 if __name__ == "__main__":
-    _STEP = int(sys.argv.pop(1))
+    _STEPS = {int(x) for x in sys.argv.pop(1).split(",")}
     run_cli(main, "tests.end_to_end.poisoned_train")

@@ -11,9 +11,9 @@ from tests.end_to_end.training import SMALL, Command, records, sources
 STEPS = 8
 
 
-def poisoned(data: Path, run: Path, step: int, *overrides: str) -> Command:
+def poisoned(data: Path, run: Path, steps: str, *overrides: str) -> Command:
     recipe = [*SMALL, sources(data), f"run.dir={run}", f"stage.train_steps={STEPS}", *overrides]
-    return Command([str(step), *recipe], data, "tests.end_to_end.poisoned_train")
+    return Command([steps, *recipe], data, "tests.end_to_end.poisoned_train")
 
 
 def bad_steps(run: Path) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def test_stop_saves_the_last_good_state_and_a_mended_run_goes_on(
     data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    output = poisoned(data, run, 5).run(code=4)
+    output = poisoned(data, run, "5").run(code=4)
     assert "step 5: loss nan" in output and "bad_steps.json" in output
     assert [r["step"] for r in records(run)] == [1, 2, 3, 4]
     assert (run / "checkpoints/latest").read_text().strip() == "iter_0000004"
@@ -33,7 +33,7 @@ def test_stop_saves_the_last_good_state_and_a_mended_run_goes_on(
     assert len(bad["documents"]) == 4
     assert all(path.endswith("code/train") and ids for path, ids in bad["documents"])
     # Nothing is poisoned this time: the batch that was dropped is trained on.
-    poisoned(data, run, 1000).run()
+    poisoned(data, run, "1000").run()
     assert [r["step"] for r in records(run)] == list(range(1, STEPS + 1))
     assert all(r["updated"] for r in records(run))
 
@@ -41,7 +41,7 @@ def test_stop_saves_the_last_good_state_and_a_mended_run_goes_on(
 def test_skip_drops_one_update_on_every_rank(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     two_ranks = ("parallel.data_parallel_size=2", "stage.micro_batch_size=1")
-    poisoned(data, run, 5, "guard.non_finite=skip", *two_ranks).run()
+    poisoned(data, run, "5", "guard.non_finite=skip", *two_ranks).run()
     lines = records(run)
     assert [r["updated"] for r in lines] == [s != 5 for s in range(1, STEPS + 1)]
     assert lines[4]["loss"] is None
@@ -50,7 +50,7 @@ def test_skip_drops_one_update_on_every_rank(data: Path, tmp_path: Path) -> None
 
 def test_rollback_goes_back_and_never_sees_the_batch_again(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    poisoned(data, run, 5, "guard.non_finite=rollback", "checkpoint.save_interval=3").run()
+    poisoned(data, run, "5", "guard.non_finite=rollback", "checkpoint.save_interval=3").run()
     lines = records(run)
     assert [r["step"] for r in lines] == list(range(1, STEPS + 1))
     assert [r["updated"] for r in lines] == [s != 5 for s in range(1, STEPS + 1)]
@@ -59,11 +59,11 @@ def test_rollback_goes_back_and_never_sees_the_batch_again(data: Path, tmp_path:
 
 def test_too_many_bad_steps_stop_the_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    poisoned(data, run, 2, "guard.non_finite=skip", "guard.max_non_finite=0").run(code=4)
-    assert [r["step"] for r in records(run)] == [1]
+    poisoned(data, run, "2,3", "guard.non_finite=skip", "guard.max_non_finite=1").run(code=4)
+    assert [r["step"] for r in records(run)] == [1, 2]
 
 
 @pytest.mark.parametrize("action", ["ignore", "Stop"])
 def test_unknown_policies_are_refused(action: str, data: Path, tmp_path: Path) -> None:
-    output = poisoned(data, tmp_path / "run", 1, f"guard.non_finite={action}").run(code=2)
+    output = poisoned(data, tmp_path / "run", "1", f"guard.non_finite={action}").run(code=2)
     assert f"guard.non_finite={action}" in output and "rollback" in output

@@ -25,16 +25,20 @@ ETP = "parallel.expert_tensor_parallel_size"
 FULL = "parallel.recompute_granularity=full"
 
 
+TINY = ("experiment=tiny", "stage.global_batch_size=16", "stage.micro_batch_size=16")
+"""The tiny recipe with a batch the numbers below are for."""
+
+
 def message(*overrides: str, world_size: int | None = None, device: str | None = None) -> str:
     """What is said about a tiny recipe with these overrides."""
     with pytest.raises(ConfigError) as error:
-        validate_recipe(load_recipe(["experiment=tiny", *overrides]), world_size, device)
+        validate_recipe(load_recipe([*TINY, *overrides]), world_size, device)
     return str(error.value)
 
 
 def layout(*overrides: str, world_size: int | None = None) -> Layout:
     """The layout of a tiny recipe with these overrides."""
-    return validate_recipe(load_recipe(["experiment=tiny", *overrides]), world_size)
+    return validate_recipe(load_recipe([*TINY, *overrides]), world_size)
 
 
 # Overrides -> key=value and remedy that the message must hold.
