@@ -8,6 +8,8 @@ import os
 
 import pytest
 
+from model.backends import install_backends
+
 
 def prepare_process() -> None:
     """Make the process fit for tests, before anything of Megatron is imported."""
@@ -17,6 +19,9 @@ def prepare_process() -> None:
     os.environ["WANDB_MODE"] = "offline"
     # Tokenizers' threads do not survive a fork and say so on each one.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Whichever test imports Megatron first must find the stand-ins: Megatron settles for
+    # mocks of what is missing when it is imported.
+    install_backends("host")
 
 
 prepare_process()
