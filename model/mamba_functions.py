@@ -215,14 +215,13 @@ class SplitConvScan(torch.autograd.Function):
             bias = dt_bias_h.detach().requires_grad_()
             step = time_step(raw, bias, True, ctx.dt_limit)
         inputs = _scan_inputs(x, step.detach(), A_h, B, C, D_h, seq_idx_bl)
-        dconv = torch.empty_like(conv)
-        grads = scan_backward(
-            dy.unflatten(2, x.shape[2:]), inputs, starts, dfinal_bhpn, sizes.split_xbc(dconv)
-        )
+        # The recomputed convolution is ours alone: its gradient takes its place, still in cache.
+        dy_blhp = dy.unflatten(2, x.shape[2:])
+        grads = scan_backward(dy_blhp, inputs, starts, dfinal_bhpn, into=(x, B, C))
         draw, dbias = torch.autograd.grad(step, (raw, bias), grads.dt_blh)
         ddt.copy_(draw)
         conv_grads = conv_backward(
-            dconv, xbc, conv_weight_cw, conv_bias_c, seq_idx_bl, ctx.silu, dx_blc=dxbc
+            conv, xbc, conv_weight_cw, conv_bias_c, seq_idx_bl, ctx.silu, dx_blc=dxbc
         )
         return (
             dzxbcdt,

@@ -120,7 +120,8 @@ def scan_backward(
         inputs: as in the forward pass.
         starts: the states that the forward pass returned.
         dfinal_bhpn: gradient of the final state, or None.
-        into: tensors that receive the gradients of x, B and C, or None to allocate them.
+        into: tensors that receive the gradients of x, B and C, or None to allocate them. They
+            may be x, B and C themselves: a block is read before it is written.
     """
     x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, *_ = inputs
     groups = B_blgn.shape[2]
