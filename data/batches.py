@@ -11,9 +11,9 @@ import dataclasses
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from data.manifest import (
     missing_reason,
     path_with,
 )
+from data.ranks import on_first_rank
 from data.tokenizer import build_tokenizer, tokenizer_sha256
 from recipes.errors import ConfigError, DataError
 from recipes.schema import BlendEntry, DataConfig
@@ -114,7 +115,7 @@ def build_datasets(
     """Megatron's datasets of the training and the validation blend.
 
     With torch.distributed every rank must call it; rank 0 writes the sample indices and the
-    others read them, so `data.cache` must be visible to all.
+    others read them, so `data.cache` must be visible to all. If rank 0 fails, all do.
 
     Args:
         cfg: the recipe's data.
@@ -263,8 +264,28 @@ def _blend(split: str, entries: list[BlendEntry]) -> tuple[list[str], list[float
     return [e.path for e in entries], [float(e.weight) for e in entries]
 
 
+class _Builder(BlendedMegatronDatasetBuilder):
+    """Megatron's builder without its barriers, at which the other ranks would wait for ever
+    when rank 0 fails."""
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
+    ) -> list[list[Any]]:
+        parts = [
+            self._build_megatron_dataset_splits(prefix, split, sizes, False)
+            for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
+        ]
+        return [list(datasets) for datasets in zip(*parts, strict=True)]
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        return cls(*args)
+
+
 def _build(cfg: DataConfig, config: GPTDatasetConfig, split: int, samples: int) -> Dataset:
-    """Build one split with its indices in a cache folder of its own.
+    """Build one split with its indices in a cache folder of its own; rank 0 first, alone.
 
     Megatron takes any index file it finds for complete. So the folder of an index counts only
     with a marker, written last, and rank 0 holds a lock against other runs meanwhile.
@@ -277,27 +298,28 @@ def _build(cfg: DataConfig, config: GPTDatasetConfig, split: int, samples: int) 
     folder = parent / key
     marker = folder / "complete.json"
     config.path_to_cache = str(folder)
-    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     sizes = [0, 0, 0]
     sizes[split] = samples
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+    builder = _Builder(GPTDataset, sizes, lambda: True, config)
     remedy = "set data.cache to a folder this user can write, with space left"
-    with ExitStack() as held:
-        held.enter_context(os_errors_as_data_errors(f"data.cache={parent}", remedy))
-        if writes and not marker.is_file():
-            held.enter_context(locked(parent / "lock"))
-            if not marker.is_file():  # nobody finished it while we waited
-                for stale in folder.glob("*"):
-                    stale.unlink()
-        try:
+
+    def write_indices() -> None:
+        if marker.is_file():
+            return
+        with (
+            os_errors_as_data_errors(f"data.cache={parent}", remedy),
+            locked(parent / "lock"),
+        ):
+            if marker.is_file():  # somebody finished it while we waited
+                return
+            for stale in folder.glob("*"):
+                stale.unlink()
             dataset = builder.build()[split]
-        except Exception as error:
-            if isinstance(error.__cause__, OSError):  # Megatron wraps it in a bare Exception
-                raise error.__cause__ from error
-            raise
-        if writes and not marker.is_file():
             marker.write_text(json.dumps({"samples": len(dataset)}) + "\n")
-    return dataset
+
+    on_first_rank(write_indices)
+    with os_errors_as_data_errors(f"data.cache={parent}", "all ranks must see this folder"):
+        return builder.build()[split]
 
 
 def _documents_of(dataset: Dataset, sample: int) -> tuple[str, list[int]]:

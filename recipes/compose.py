@@ -90,7 +90,7 @@ def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
     """Run `main(recipe)` for the overrides in sys.argv and exit with its code.
 
     A StrataError is printed as one message and exits with 2; `traceback=true` shows where
-    it came from.
+    it came from. Ctrl-C exits with 130, unless `main` handles it.
     """
     arguments = sys.argv[1:]
     if any(a in ("-h", "--help") for a in arguments):
@@ -118,6 +118,9 @@ def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _roots(config_dir: Path | None) -> list[Path]:

@@ -6,11 +6,27 @@ from typing import Any
 
 import torch
 
+from recipes.errors import ConfigError
 from recipes.schema import Recipe
 from train.optimizer import train_steps
 
 _PROBES = 8
 """Samples hashed to tell whether the data order is still the one of the checkpoint."""
+
+
+def check_data(recipe: Recipe) -> None:
+    """Prepare the data if it is missing and the recipe says so; check that it fits.
+
+    Raises:
+        DataError: data missing, damaged or written with another tokenizer.
+        ConfigError: the model has fewer embedding rows than the tokenizer has tokens.
+    """
+    from data.batches import read_tokenizer
+    from data.prepare import ensure_prepared
+
+    if recipe.data.prepare_if_missing:
+        ensure_prepared(recipe.data)
+    read_tokenizer(recipe.data, recipe.model.vocab_size)
 
 
 class Batches:
@@ -31,13 +47,14 @@ class Batches:
         from data.batches import build_datasets
 
         stage = recipe.stage
+        self._steps = train_steps(stage)
         self._sizes = (stage.global_batch_size, stage.micro_batch_size)
         self._rank = (parallel_state.get_data_parallel_rank(), dp)
         self._train, self._validation = build_datasets(
             recipe.data,
             stage.sequence_length,
             recipe.run.seed,
-            train_samples=train_steps(stage) * stage.global_batch_size,
+            train_samples=self._steps * stage.global_batch_size,
             validation_samples=stage.eval_steps * stage.global_batch_size,
             model_vocab_size=recipe.model.vocab_size,
         )
@@ -62,7 +79,16 @@ class Batches:
         return [[path, ids] for path, ids in document_ids(self._train, samples)]
 
     def fingerprint(self, consumed_samples: int) -> str:
-        """Hash of a few samples among those consumed: changes if the order or text did."""
+        """Hash of a few samples among those consumed: changes if the order or text did.
+
+        Raises:
+            ConfigError: the run is configured to be shorter than it already is.
+        """
+        if consumed_samples > len(self._train):
+            raise ConfigError(
+                f"stage.train_steps={self._steps} is less than the "
+                f"{consumed_samples // self._sizes[0]} steps the checkpoint has done; raise it"
+            )
         count = min(_PROBES, consumed_samples)
         probed = [i * consumed_samples // count for i in range(count)]
         tokens = hashlib.sha256()

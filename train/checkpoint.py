@@ -6,7 +6,6 @@ other layout saved.
 """
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.files import sync
+from data.ranks import on_first_rank
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
-from train.guards import sync_folder, write_atomically
-from train.rundir import unusable
+from train.guards import write_atomically
+from train.writing import Writer
 
 META = "meta.json"
 LATEST = "latest"
@@ -64,7 +65,7 @@ class Checkpointer:
         say: Callable[[str], None],
     ) -> None:
         """Args:
-        folder: where the checkpoints are.
+        folder: where the checkpoints are, inside the run directory.
         config: when to save and what to keep.
         data_fingerprint: hash of the data up to a number of consumed samples; a checkpoint
             whose hash differs belongs to other data or another order.
@@ -75,65 +76,53 @@ class Checkpointer:
         self.data_fingerprint = data_fingerprint
         self.say = say
         self.last_saved: int | None = None
-        self._queue: Any = None
-        _silence_expected_warnings()
-        _use_local_results_queue(config.async_save)
+        """Step of the newest complete checkpoint; call `wait` first if one is being written."""
+        self._writer = Writer(folder.parent)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of the current step; in the background if so configured.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written; the previous
-                checkpoint is untouched.
+                checkpoint is untouched. In the background: by the next call of `save`, `poll`
+                or `wait`.
         """
         from megatron.core import dist_checkpointing
 
         self.wait()
-        step = state.progress.step
-        path = self.folder / f"iter_{step:07d}"
+        path = self.folder / f"iter_{state.progress.step:07d}"
         meta = {
             "progress": asdict(state.progress),
             "layout": state.layout,
             "data": self.data_fingerprint(state.progress.consumed_samples),
         }
-        try:
-            if dist.get_rank() == 0:
-                shutil.rmtree(path, ignore_errors=True)
-                path.mkdir(parents=True)
-            dist.barrier()
-            request = dist_checkpointing.save(
-                _state_dict(state, loading=False),
-                str(path),
-                async_sharded_save=self.config.async_save,
-                async_strategy="mcore",
-                content_metadata=_content_metadata(),
-                verify_integrity=True,
-            )
-        except OSError as error:
-            raise CheckpointError(unusable(path, error)) from error
-        finish = lambda: self._finish(path, meta)  # noqa: E731
-        if request is None:
-            finish()
-        else:
-            request.finalize_fns.append(finish)
-            self._async_queue().schedule_async_request(request)
+        with self._writer.explained():
+            on_first_rank(lambda: _clear(path))
+        request = dist_checkpointing.save(
+            _state_dict(state, loading=False),
+            str(path),
+            # Asked for in either case: Megatron's own synchronous save leaves the other ranks
+            # waiting when one cannot write.
+            async_sharded_save=True,
+            async_strategy="mcore",
+            content_metadata=_content_metadata(),
+            verify_integrity=True,
+        )
+        assert request is not None
+        request.finalize_fns.append(lambda: self._finish(path, meta))
+        self._writer.run(request, path, background=self.config.async_save)
 
     def poll(self) -> None:
         """Finish a background save that is done. A collective: every rank must call it."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._writer.poll(blocking=False)
 
     def wait(self) -> None:
         """Wait for a background save. A collective: every rank must call it."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        self._writer.poll(blocking=True)
 
     def close(self) -> None:
         """Finish what is being written and end the background workers."""
-        if self._queue is not None:
-            self.wait()
-            self._queue.close()
-            self._queue = None
+        self._writer.close()
 
     def load(self, state: TrainState) -> bool:
         """Load the newest usable checkpoint into `state`.
@@ -225,36 +214,44 @@ class Checkpointer:
 
     def _finish(self, path: Path, meta: dict[str, Any]) -> None:
         """Mark the checkpoint complete, move `latest`, drop what retention does not keep."""
-        if dist.get_rank() == 0:
-            try:
-                write_atomically(path / META, json.dumps(meta, indent=1) + "\n")
-                sync_folder(self.folder)
-                write_atomically(self.folder / LATEST, path.name + "\n")
-                self._retain(path.name)
-            except OSError as error:
-                raise CheckpointError(unusable(path, error)) from error
+
+        def publish() -> None:
+            for file in path.iterdir():
+                sync(file)
+            write_atomically(path / META, json.dumps(meta, indent=1) + "\n")
+            sync(self.folder)
+            write_atomically(self.folder / LATEST, path.name + "\n")
+            self._retain(path.name)
+
+        on_first_rank(publish)
         self.last_saved = meta["progress"]["step"]
-        dist.barrier()
 
     def _retain(self, newest: str) -> None:
+        """Keep the complete checkpoints the recipe asks for; drop others, and unfinished ones.
+
+        Complete ones newer than `newest` are of a future that `checkpoint.allow_previous` went
+        back from: they neither count nor go.
+        """
+        complete = {p.parent.name for p in self.folder.glob(f"iter_*/{META}")}
+        past = sorted(name for name in complete if name <= newest)
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
-        steps = sorted(int(p.name.split("_")[1]) for p in self.folder.glob("iter_*"))
-        kept = set(steps if keep_last is None else steps[-keep_last:])
-        kept |= {s for s in steps if keep_every and s % keep_every == 0}
-        for step in steps:
-            path = self.folder / f"iter_{step:07d}"
-            if step in kept or path.name == newest:
-                continue
-            # Without meta.json it counts as incomplete, whatever a kill leaves behind.
-            (path / META).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+        kept = set(past if keep_last is None else past[-keep_last:]) | (complete - set(past))
+        kept |= {n for n in past if keep_every and int(n.split("_")[1]) % keep_every == 0}
+        for path in self.folder.glob("iter_*"):
+            if path.name not in kept:
+                _remove(path)
 
-    def _async_queue(self) -> Any:
-        if self._queue is None:
-            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-            self._queue = AsyncCallsQueue()
-        return self._queue
+def _clear(path: Path) -> None:
+    """Make the empty folder of a new checkpoint."""
+    _remove(path)
+    path.mkdir(parents=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint. Without meta.json it counts as incomplete, whatever a kill leaves."""
+    (path / META).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class _Damaged(Exception):
@@ -351,25 +348,3 @@ def _some(names: set[str]) -> str:
     shown = sorted(names)
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     return ", ".join(shown[:5]) + more if shown else "nothing"
-
-
-def _silence_expected_warnings() -> None:
-    """Megatron announces in the log what is this module's decision."""
-    for name in ("strategies.torch", "strategies.async_utils", "serialization"):
-        logging.getLogger(f"megatron.core.dist_checkpointing.{name}").setLevel(logging.ERROR)
-
-
-def _use_local_results_queue(async_save: bool) -> None:
-    """Give Megatron's writer the queue it reports through.
-
-    By default it starts a manager process for it, which imports torch (seconds, half a GiB)
-    and outlives a killed run. Writes happen in threads of this process, or, in the
-    background, in a fork of it: a queue of this process serves both.
-    """
-    import multiprocessing
-    import queue
-
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    fork = multiprocessing.get_context("fork")
-    filesystem_async._results_queue = fork.Queue() if async_save else queue.Queue()

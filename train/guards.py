@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from data.files import sync
+
 EXIT_COMPLETE = 0
 """The run reached its last step."""
 EXIT_USER_ERROR = 2
@@ -21,18 +23,21 @@ EXIT_STOPPED = 3
 EXIT_NON_FINITE = 4
 """Loss or gradient was not finite and the recipe says stop (or too often)."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Notes a stop signal; the loop asks at safe points."""
+    """Notes a stop signal; the loop asks at safe points.
+
+    Further signals change nothing, but a second SIGINT (Ctrl-C) ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Handle SIGTERM and SIGUSR1 inside."""
+        """Handle the stop signals inside."""
         previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         try:
             yield self
@@ -51,6 +56,9 @@ class StopRequest:
         return self.signal is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            # The next one finds Python's own handler, which raises KeyboardInterrupt.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.signal = number
 
 
@@ -75,14 +83,20 @@ class BadStep:
 class BadSteps:
     """The bad steps of a run, kept in `bad_steps.json` of its directory.
 
-    A batch that caused a rollback is skipped when the run reaches it again.
+    A batch that caused a rollback is skipped when the run reaches it again. A step that was
+    skipped after the checkpoint the run resumes from is done again, so its entry is forgotten.
+
+    Args:
+        run_dir: the run directory.
+        done: steps the run has done.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, done: int) -> None:
         self.path = run_dir / "bad_steps.json"
         self.steps: list[BadStep] = []
         if self.path.exists():
-            self.steps = [BadStep(**entry) for entry in json.loads(self.path.read_text())]
+            steps = [BadStep(**entry) for entry in json.loads(self.path.read_text())]
+            self.steps = [s for s in steps if s.action != "skip" or s.step <= done]
 
     def add(self, bad: BadStep, write: bool) -> None:
         """Remember a bad step; the rank that writes also stores it."""
@@ -110,13 +124,4 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

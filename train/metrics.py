@@ -2,10 +2,13 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any, cast
 
+from data.files import sync
 from recipes.schema import LoggingConfig
+from train.guards import write_atomically
 
 
 class MetricsFile:
@@ -34,6 +37,11 @@ class MetricsFile:
         """Write one line. Numbers that are not finite become null: JSON has none."""
         with self.path.open("a") as file:
             file.write(json.dumps(_finite(record)) + "\n")
+
+    def sync(self) -> None:
+        """Return only after every line is on the disk."""
+        if self.path.exists():
+            sync(self.path)
 
     def read(self) -> list[dict[str, Any]]:
         """Every record written so far."""
@@ -98,11 +106,9 @@ class Reporter:
                 mininterval=0.5,
             )
         if logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self._tensorboard = _tensorboard(run_dir, first_step)
         if logging.wandb != "disabled":
-            self._start_wandb(run_dir, logging, config)
+            self._wandb = _wandb(run_dir, logging, config)
 
     def step(self, record: dict[str, Any]) -> None:
         """Report one training step."""
@@ -122,14 +128,29 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(flat, step=record["step"])
 
+    def sync(self) -> None:
+        """Put every record on the disk: before a checkpoint that makes them final."""
+        if not self.active:
+            return
+        self.file.sync()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
     def rewind(self, step: int) -> None:
-        """Forget every record after `step`, which will be trained again."""
+        """Forget every record after `step`, which will be trained again.
+
+        wandb cannot forget: it keeps the first value of each step.
+        """
         if not self.active:
             return
         self.file.truncate_after(step)
         if self._bar is not None:
             self._bar.reset(total=self._bar.total)
             self._bar.update(step)
+        if self._tensorboard is not None:
+            folder = Path(self._tensorboard.log_dir).parent
+            self._tensorboard.close()
+            self._tensorboard = _tensorboard(folder, step)
 
     def say(self, message: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -148,16 +169,29 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _start_wandb(self, run_dir: Path, logging: LoggingConfig, config: dict[str, Any]) -> None:
-        import wandb
 
-        name = run_dir.resolve().name
-        self._wandb = wandb.init(
-            project=logging.wandb_project,
-            name=name,
-            id=name,  # the same run directory continues the same wandb run
-            resume="allow",
-            dir=str(run_dir),
-            mode=cast(Any, logging.wandb),  # checked with the recipe
-            config=config,
-        )
+def _tensorboard(run_dir: Path, step: int) -> Any:
+    """A writer that hides events after `step`: TensorBoard purges from purge_step on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb(run_dir: Path, logging: LoggingConfig, config: dict[str, Any]) -> Any:
+    import wandb
+
+    # The same run directory continues the same wandb run, wherever it is moved; another
+    # directory of the same name is another run.
+    kept = run_dir / "wandb" / "id.txt"
+    if not kept.exists():
+        kept.parent.mkdir(exist_ok=True)
+        write_atomically(kept, secrets.token_hex(8) + "\n")
+    return wandb.init(
+        project=logging.wandb_project,
+        name=run_dir.resolve().name,
+        id=kept.read_text().strip(),
+        resume="allow",
+        dir=str(run_dir),
+        mode=cast(Any, logging.wandb),  # checked with the recipe
+        config=config,
+    )

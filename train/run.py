@@ -1,20 +1,25 @@
 """One run from a recipe: the parts in the order they are built."""
 
 import contextlib
+import logging
 import os
-import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes.errors import StrataError
 from recipes.schema import Recipe
+from train import rundir
+from train.guards import StopRequest
 from train.world import check_world, joined_world, launched, start_ranks
 
 if TYPE_CHECKING:
     from model.backends import Backends
     from parallel.layout import Layout
+    from train.batches import Batches
 
 
 def run(recipe: Recipe) -> int:
@@ -28,43 +33,64 @@ def run(recipe: Recipe) -> int:
     layout = validate_recipe(recipe, launch.world_size if launch else None)
     check_world(layout.world_size, launch)
     if launch is None and layout.world_size > 1:
-        return start_ranks(layout.world_size, Path(recipe.run.dir) / "logs")
+        rundir.check(recipe)
+        return start_ranks(layout.world_size, Path(recipe.run.dir))
 
     from model.backends import install_backends
 
-    with _logged(recipe):
+    with _library_messages() as messages:
         backends = install_backends(recipe.device)
         validate_recipe(recipe, layout.world_size, backends.device)
         with joined_world(recipe, backends, launch, layout.virtual_stages):
-            return train(recipe, layout, backends)
+            return train(recipe, layout, backends, messages)
 
 
-def train(recipe: Recipe, layout: "Layout", backends: "Backends") -> int:
-    """Build everything and train, on this rank of a world that is up."""
+def train(recipe: Recipe, layout: "Layout", backends: "Backends", messages: MemoryHandler) -> int:
+    """Build everything and train, on this rank of a world that is up.
+
+    Args:
+        recipe: the validated recipe.
+        layout: what validation made of recipe.parallel.
+        backends: what runs on what.
+        messages: holds the libraries' messages until the run directory is known to be ours.
+    """
     import torch.distributed as dist
 
-    from data.prepare import ensure_prepared
+    from data.ranks import on_first_rank
+    from train.batches import Batches, check_data
+
+    folder, rank = Path(recipe.run.dir), dist.get_rank()
+    changes = on_first_rank(lambda: rundir.check(recipe))
+    if rank == 0:
+        print(backends, *(f"changed: {c}" for c in changes), sep="\n", flush=True)
+    # Before anything is written: a mistake in the recipe leaves no directory behind.
+    on_first_rank(lambda: check_data(recipe))
+    on_first_rank(lambda: rundir.prepare(recipe, backends))
+    with rundir.usable(folder):
+        messages.setTarget(_log_file(folder, rank))
+        messages.flush()
+    with StopRequest().listening() as stop:
+        data = Batches(recipe, layout.dp)
+        with rundir.usable(folder):
+            return _train(recipe, layout, data, stop)
+
+
+def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest) -> int:
+    import torch.distributed as dist
+
     from model.counts import flops_per_token
-    from train import plots, rundir
-    from train.batches import Batches
+    from train import plots
     from train.build import build_state
     from train.checkpoint import Checkpointer
     from train.metrics import Reporter
     from train.optimizer import train_steps
     from train.trainer import Trainer
 
-    folder = Path(recipe.run.dir)
-    first = dist.get_rank() == 0
-    changes = on_first_rank(lambda: rundir.prepare(recipe, backends))
-    if first:
-        print(backends, *(f"changed: {c}" for c in changes), sep="\n", flush=True)
-    if recipe.data.prepare_if_missing:
-        on_first_rank(lambda: ensure_prepared(recipe.data))
-    data = Batches(recipe, layout.dp)
+    folder, first = Path(recipe.run.dir), dist.get_rank() == 0
     state, routers = build_state(recipe, layout)
-    messages: list[str] = []
+    said: list[str] = []
     checkpointer = Checkpointer(
-        folder / "checkpoints", recipe.checkpoint, data.fingerprint, messages.append
+        folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append
     )
     resumed = checkpointer.load(state)
     reporter = Reporter(
@@ -76,56 +102,33 @@ def train(recipe: Recipe, layout: "Layout", backends: "Backends") -> int:
         last_step=train_steps(recipe.stage),
     )
     checkpointer.say = reporter.say
-    for message in messages:
-        reporter.say(message)
     where = f"resumed at step {state.progress.step}" if resumed else "started"
-    reporter.say(f"{folder}: {where}; {layout}")
+    for message in (*said, f"{folder}: {where}; {layout}"):
+        reporter.say(message)
     flops = flops_per_token(recipe.model, recipe.stage.sequence_length)
-    trainer = Trainer(recipe, state, routers, data, checkpointer, reporter, flops)
+    trainer = Trainer(recipe, state, routers, data, checkpointer, reporter, flops, stop)
     try:
-        return trainer.fit()
+        code = trainer.fit()
     finally:
         reporter.close()
-        if first:
-            plots.plot_run(folder)
-
-
-def on_first_rank(action: Any) -> Any:
-    """Run `action` on rank 0 and give its result, or its exception, to every rank."""
-    import torch.distributed as dist
-
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:  # raised again on every rank
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    if first:
+        plots.plot_run(folder)
+    return code
 
 
 @contextlib.contextmanager
-def _logged(recipe: Recipe) -> Iterator[None]:
-    """Warnings and logs of libraries go to logs/rank0.log instead of the terminal."""
-    import logging
-    import warnings
+def _library_messages() -> Iterator[MemoryHandler]:
+    """Warnings and logs of libraries go to a handler instead of the terminal.
 
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    folder = Path(recipe.run.dir) / "logs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler: logging.Handler = logging.FileHandler(folder / f"rank{rank}.log")
-    except OSError:  # rundir.prepare says so in words
-        handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    It keeps them until it is given a target.
+    """
+    handler = MemoryHandler(10_000, flushLevel=logging.WARNING, flushOnClose=False)
     root = logging.getLogger()
     root.addHandler(handler)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     try:
-        yield
+        yield handler
     except StrataError:
         raise
     except Exception:
@@ -133,4 +136,12 @@ def _logged(recipe: Recipe) -> Iterator[None]:
         raise
     finally:
         root.removeHandler(handler)
+        if handler.target is not None:
+            handler.target.close()
         handler.close()
+
+
+def _log_file(folder: Path, rank: int) -> logging.Handler:
+    file = logging.FileHandler(folder / "logs" / f"rank{rank}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return file

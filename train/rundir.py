@@ -1,9 +1,11 @@
 """The run directory: chosen by the user, the same one resumes the same run."""
 
+import contextlib
 import errno
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -37,23 +39,47 @@ MAY_CHANGE = (
 stage.train_*, which extends the run (and its schedule, if that has no length of its own)."""
 
 
-def prepare(recipe: Recipe, backends: Backends) -> list[str]:
-    """Create the directory or check that it belongs to this recipe; write what describes it.
+def check(recipe: Recipe) -> list[str]:
+    """Whether the directory is new or belongs to this recipe; changes nothing.
 
     Returns:
         One `key: old -> new` line for each allowed change since the last start.
 
     Raises:
-        ConfigError: another run lives there (the keys that differ are named), or the
-            directory cannot be written.
+        ConfigError: another run lives there; the keys that differ are named.
     """
     folder = Path(recipe.run.dir)
-    try:
+    with usable(folder):
+        if not _trained(folder):
+            return []
+        config = folder / "config.json"
+        if not config.exists():
+            raise ConfigError(
+                f"run.dir={folder} holds metrics of a run without its config.json; "
+                "choose another run.dir"
+            )
+        old, new = flat(json.loads(config.read_text())), flat(asdict(recipe))
+    different = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+    lines = {k: f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(different)}
+    fixed = [line for key, line in lines.items() if not _may_change(key)]
+    if fixed:
+        raise ConfigError(
+            f"run.dir={folder} belongs to a run with another configuration "
+            f"({'; '.join(fixed)}); choose another run.dir or undo these changes"
+        )
+    return list(lines.values())
+
+
+def prepare(recipe: Recipe, backends: Backends) -> None:
+    """Create the directory and write what describes the run.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    folder = Path(recipe.run.dir)
+    with usable(folder):
         for name in ("checkpoints", "plots", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").write_text("")
-        (folder / ".writable").unlink()
-        changed = _compare(folder / "config.json", recipe)
         write_atomically(folder / "config.json", json.dumps(asdict(recipe), indent=1) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))
         command = shlex.join([sys.executable, "-m", "train", *sys.argv[1:]])
@@ -61,9 +87,19 @@ def prepare(recipe: Recipe, backends: Backends) -> list[str]:
             file.write(command + "\n")
         environment = {"backends": backends.as_dicts(), "python": sys.version}
         write_atomically(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Turn what the file system says into one sentence.
+
+    Raises:
+        ConfigError: the directory cannot be read or written: full, read-only, ...
+    """
+    try:
+        yield
     except OSError as error:
         raise ConfigError(unusable(folder, error)) from error
-    return changed
 
 
 def unusable(folder: Path, error: OSError) -> str:
@@ -75,24 +111,15 @@ def unusable(folder: Path, error: OSError) -> str:
     return f"run.dir={folder}: {error.strerror or error}; {remedy}"
 
 
-def _compare(path: Path, recipe: Recipe) -> list[str]:
-    if not path.exists():
-        if (path.parent / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"run.dir={path.parent} holds metrics of a run without its config.json; "
-                "choose another run.dir"
-            )
-        return []
-    old, new = flat(json.loads(path.read_text())), flat(asdict(recipe))
-    different = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    lines = {k: f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(different)}
-    fixed = [line for key, line in lines.items() if not _may_change(key)]
-    if fixed:
-        raise ConfigError(
-            f"run.dir={path.parent} belongs to a run with another configuration "
-            f"({'; '.join(fixed)}); choose another run.dir or undo these changes"
-        )
-    return list(lines.values())
+def _trained(folder: Path) -> bool:
+    """Whether a run has left something in the directory that its recipe must fit.
+
+    One that failed before its first step has not: its mistake may be mended.
+    """
+    metrics = folder / "metrics.jsonl"
+    return (folder / "checkpoints" / "latest").exists() or (
+        metrics.exists() and metrics.stat().st_size > 0
+    )
 
 
 def _may_change(key: str) -> bool:

@@ -21,6 +21,8 @@ class StepResult:
     """Mean cross-entropy of the next token, in nats."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
+    learning_rate: float = 0.0
+    """What the update was made with."""
     zero_grad_share: float | None = None
     """Share of gradient elements that are exactly zero."""
     mtp_losses: list[float] = field(default_factory=list)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from model.pattern import parse_pattern
-from recipes.errors import StrataError
 from recipes.schema import Recipe
 from train.checkpoint import Checkpointer, TrainState
 from train.guards import (
@@ -39,6 +38,7 @@ class Trainer:
         checkpointer: saves and loads the state.
         reporter: where records go.
         flops_per_token: training FLOPs of one token, for the FLOP/s figure.
+        stop: notes stop signals; None: nothing stops it.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Trainer:
         checkpointer: Checkpointer,
         reporter: Reporter,
         flops_per_token: float,
+        stop: StopRequest | None = None,
     ) -> None:
         self.recipe = recipe
         self.state = state
@@ -58,8 +59,8 @@ class Trainer:
         self.checkpointer = checkpointer
         self.reporter = reporter
         self.flops_per_token = flops_per_token
-        self.stop = StopRequest()
-        self.bad_steps = BadSteps(Path(recipe.run.dir))
+        self.stop = stop or StopRequest()
+        self.bad_steps = BadSteps(Path(recipe.run.dir), state.progress.step)
         self.last_step = train_steps(recipe.stage)
         self.mtp_depths = parse_pattern(recipe.model.hybrid_layer_pattern).mtp_depths
         dp = state.layout["dp"]
@@ -76,11 +77,12 @@ class Trainer:
         Returns:
             The exit code: complete, stopped by a signal, or stopped by a bad step.
         """
-        with self.stop.listening():
-            code = self._loop()
-            if self.checkpointer.last_saved != self.state.progress.step:
-                self.checkpointer.save(self.state)
-            self.checkpointer.close()
+        code = self._loop()
+        self.checkpointer.wait()
+        step = self.state.progress.step
+        if step > 0 and step != self.checkpointer.last_saved:
+            self._save()
+        self.checkpointer.close()
         return code
 
     def _loop(self) -> int:
@@ -107,15 +109,23 @@ class Trainer:
             self.reporter.step(record)
             self.checkpointer.poll()
             if checkpoint.save_interval and step % checkpoint.save_interval == 0:
-                self.checkpointer.save(self.state)
+                self._save()
         return EXIT_COMPLETE
+
+    def _save(self) -> None:
+        """Checkpoint, after the records it makes final are on the disk."""
+        self.reporter.sync()
+        self.checkpointer.save(self.state)
 
     def _step(self) -> StepResult:
         """Forward, backward and update on the next global batch."""
+        learning_rate = self._learning_rate()
         if self.bad_steps.must_skip(self.state.progress.step + 1):
             self._advance()
             self._batches = None
-            return StepResult(loss=math.nan, grad_norm=math.nan, updated=False, dropped=True)
+            nothing = StepResult(loss=math.nan, grad_norm=math.nan, updated=False, dropped=True)
+            nothing.learning_rate = learning_rate
+            return nothing
         state = self.state
         if self._batches is None:
             self._batches = self.data.train_from(state.progress.consumed_samples)
@@ -125,6 +135,7 @@ class Trainer:
         state.optimizer.zero_grad()
         reports = self._run(self._batches, self.num_microbatches, forward_only=False)
         result = reduce_losses(reports, self.routers, self.mtp_depths, self.num_microbatches)
+        result.learning_rate = learning_rate
         # Asked before the update, which would write NaN into every weight.
         state.optimizer.prepare_grads()
         result.grad_norm = float(state.optimizer.get_grad_norm())
@@ -187,6 +198,10 @@ class Trainer:
         action = guard.non_finite
         if self.bad_steps.survived >= guard.max_non_finite:
             action = "stop"
+        if action == "rollback":
+            self.checkpointer.wait()
+            if self.checkpointer.last_saved is None:  # nothing to go back to yet
+                action = "stop"
         writes = dist.get_rank() == 0
         first = progress.consumed_samples - self.recipe.stage.global_batch_size
         samples = range(first, progress.consumed_samples)
@@ -210,12 +225,8 @@ class Trainer:
         return action
 
     def _roll_back(self) -> None:
-        self.checkpointer.wait()
-        if not self.checkpointer.load(self.state):
-            raise StrataError(
-                "guard.non_finite=rollback, but there is no checkpoint to go back to; "
-                "set checkpoint.save_interval"
-            )
+        loaded = self.checkpointer.load(self.state)
+        assert loaded, "a rollback without a checkpoint is a stop"
         self.reporter.rewind(self.state.progress.step)
         self._batches = None
 
@@ -226,7 +237,7 @@ class Trainer:
             "step": progress.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "learning_rate": self._learning_rate(),
+            "learning_rate": result.learning_rate,
             "tokens": progress.consumed_tokens,
             "tokens_per_second": tokens / seconds,
             "model_flops_per_second": tokens * self.flops_per_token / seconds,
@@ -245,6 +256,7 @@ class Trainer:
         return record
 
     def _learning_rate(self) -> float:
+        """Learning rate of the next step."""
         from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
         return float(get_canonical_lr_for_logging(self.state.optimizer.param_groups) or 0.0)

@@ -1,8 +1,10 @@
 """The ranks of a run: given by torchrun or Slurm, or started here, one process a rank."""
 
 import contextlib
+import ctypes
 import datetime
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from model.backends import Backends
 from recipes.errors import ConfigError
 from recipes.schema import Recipe
 from train.guards import STOP_SIGNALS
+from train.rundir import usable
 
 _RENDEZVOUS = "STRATA_RENDEZVOUS"
 """Set for ranks started here: the file through which they find each other."""
@@ -28,42 +31,119 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    """Number among the ranks of this machine."""
     local_world_size: int
-
-    @property
-    def rendezvous(self) -> str:
-        """init_method of torch.distributed."""
-        path = os.environ.get(_RENDEZVOUS)
-        return f"file://{path}" if path else "env://"
+    """Ranks of this machine."""
+    rendezvous: str
+    """init_method of torch.distributed."""
 
 
 def launched() -> Launch | None:
     """This process's place among ranks a launcher started; None if nobody did.
 
-    Understands torchrun's variables and Slurm's (one task a rank).
+    Understands torchrun's variables and those of a Slurm job step (srun, one task a rank).
+
+    Raises:
+        ConfigError: the variables are incomplete or not numbers.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-    else:
-        return None
-    rank, world_size = int(env[names[0]]), int(env[names[1]])
-    return Launch(rank, world_size, int(env.get(names[2], 0)), int(env.get(names[3], 1)))
+    try:
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return Launch(
+                rank=int(env["RANK"]),
+                world_size=int(env["WORLD_SIZE"]),
+                local_rank=int(env.get("LOCAL_RANK", 0)),
+                local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
+                rendezvous=_rendezvous(),
+            )
+        tasks = _slurm_tasks()
+        if "SLURM_PROCID" not in env or tasks == 1:
+            return None
+        return Launch(
+            rank=int(env["SLURM_PROCID"]),
+            world_size=tasks,
+            local_rank=int(env.get("SLURM_LOCALID", 0)),
+            local_world_size=_tasks_of_this_node(),
+            rendezvous=_slurm_rendezvous(),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"the launcher's variables (RANK, WORLD_SIZE, ... or SLURM_PROCID, ...) cannot be "
+            f"read: {error}; start with torchrun, srun or neither"
+        ) from error
 
 
-def start_ranks(world_size: int, log_dir: Path) -> int:
+def _slurm_tasks() -> int:
+    """Tasks of this job step. A batch script has SLURM_NTASKS too, without being one of them."""
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" in env:
+        return int(env["SLURM_STEP_NUM_TASKS"])
+    return int(env.get("SLURM_NTASKS", "1")) if "MASTER_ADDR" in env else 1
+
+
+def _rendezvous() -> str:
+    path = os.environ.get(_RENDEZVOUS)
+    if path:
+        return f"file://{path}"
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"RANK and WORLD_SIZE are set but {name} is not; start with torchrun, or set "
+                "MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there"
+            )
+    return "env://"
+
+
+def _tasks_of_this_node() -> int:
+    """From Slurm's list of the tasks of each node, such as `4(x2),3`."""
+    names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+    text = next((os.environ[n] for n in names if n in os.environ), "1")
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    node = int(os.environ.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else counts[-1]
+
+
+def _slurm_rendezvous() -> str:
+    """MASTER_ADDR and MASTER_PORT, or the first node of the step and a port from its number."""
+    env = os.environ
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    host = env.get("MASTER_ADDR") or first_node(nodes)
+    if not host:
+        raise ConfigError(
+            "SLURM_PROCID is set but neither MASTER_ADDR nor SLURM_STEP_NODELIST says where "
+            "rank 0 is; start the ranks with srun"
+        )
+    number = int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))
+    # Below the ports Linux hands out by itself.
+    port = env.get("MASTER_PORT") or str(20_000 + number % 10_000)
+    return f"tcp://{host}:{int(port)}"
+
+
+def first_node(nodes: str) -> str:
+    """First host of a Slurm node list: `gpu[03-07,12],cpu1` -> `gpu03`."""
+    head = re.match(r"([^,\[]*)(?:\[([^\]]*)\]([^,\[]*))?", nodes)
+    assert head is not None, "matches anything"
+    prefix, numbers, suffix = head.groups(default="")
+    return prefix + re.split(r"[-,]", numbers)[0] + suffix
+
+
+def start_ranks(world_size: int, run_dir: Path) -> int:
     """Run this command again as `world_size` ranks on this machine and wait for them.
 
     Stop signals are passed on to every rank. When a rank fails the others get ten seconds to
     end by themselves and are then killed.
 
     Returns:
-        The exit code of the first rank that ended with one, 0 if none did.
+        The exit code of rank 0, or of the first rank that failed if rank 0 did not.
+
+    Raises:
+        ConfigError: run_dir cannot be written.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    logs = run_dir / "logs"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
         ranks = []
         for rank in range(world_size):
             env = os.environ | {
@@ -73,11 +153,29 @@ def start_ranks(world_size: int, log_dir: Path) -> int:
                 "LOCAL_WORLD_SIZE": str(world_size),
                 _RENDEZVOUS: f"{folder}/store",
             }
-            output = None if rank == 0 else (log_dir / f"rank{rank}.log").open("ab")
-            command = [sys.executable, *sys.orig_argv[1:]]
-            ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
+            output = None
+            if rank > 0:
+                with usable(run_dir):
+                    logs.mkdir(parents=True, exist_ok=True)
+                    output = opened.enter_context((logs / f"rank{rank}.log").open("ab"))
+            process = subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]],
+                env=env,
+                stdout=output,
+                stderr=output,
+                # Ctrl-C reaches a rank once, through us, not also from the terminal.
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+            ranks.append(process)
         with _passing_on(ranks):
             return _wait(ranks)
+
+
+def _end_with_parent() -> None:
+    """A rank whose starter is killed would go on writing into the run's directory."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -87,7 +185,7 @@ def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {s: signal.signal(s, pass_on) for s in (*STOP_SIGNALS, signal.SIGINT)}
+    previous = {s: signal.signal(s, pass_on) for s in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -99,19 +197,21 @@ def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], grace_seconds: float = 10.0) -> int:
-    first: int | None = None
+    first = 0
     deadline = float("inf")
     while any(p.poll() is None for p in ranks):
-        if first is None:
-            codes = [p.returncode for p in ranks if p.returncode]
-            if codes:
-                first, deadline = codes[0], time.monotonic() + grace_seconds
+        if first == 0:
+            first = next((p.returncode for p in ranks if p.returncode), 0)
+            if first:
+                deadline = time.monotonic() + grace_seconds
         if time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
         time.sleep(0.05)
-    codes = [p.returncode for p in ranks if p.returncode]
-    return first or (codes[0] if codes else 0)
+    first = first or next((p.returncode for p in ranks if p.returncode), 0)
+    # Rank 0 says what was wrong; the others may only have lost their connection to it.
+    told = ranks[0].returncode
+    return told if told and told != -signal.SIGKILL else first
 
 
 @contextlib.contextmanager
@@ -131,6 +231,8 @@ def joined_world(
     local = launch.local_world_size if launch else 1
     if backends.device == "host":
         torch.set_num_threads(recipe.cluster.threads_per_rank or max(1, _cores() // local))
+    elif launch is not None:
+        torch.cuda.set_device(launch.local_rank)
     timeout = datetime.timedelta(minutes=recipe.parallel.timeout_minutes)
     if launch is None:
         dist.init_process_group(

@@ -1,0 +1,38 @@
+"""One rank acts for all: what it returns, or how it failed, reaches every rank."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+
+def on_first_rank[T](action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give its result, or its exception, to every rank.
+
+    A collective where torch.distributed is up, a plain call where it is not. Result and
+    exception are pickled.
+    """
+    if not dist.is_initialized():
+        return action()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:  # raised again on every rank
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank what was raised on any: the error of the lowest rank that has one.
+
+    A collective: every rank must call it.
+    """
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for first in errors:
+        if first is not None:
+            raise first

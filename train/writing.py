@@ -1,0 +1,187 @@
+"""How a checkpoint's bytes get to the disk: here or in a forked process, no failure unnoticed."""
+
+import contextlib
+import errno
+import logging
+import os
+import pickle
+import queue
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data.ranks import raise_together
+from recipes.errors import CheckpointError
+from train.rundir import unusable
+
+_MEGATRON = "megatron.core.dist_checkpointing.strategies"
+_FULL = 2**20
+"""A disk with fewer bytes left counts as full: torch reports that as a nameless RuntimeError."""
+
+
+class Mailbox:
+    """Carries one object at a time from a forked child to its parent, or within a process.
+
+    Unlike a pipe it takes an object of any size before somebody reads: Megatron joins the
+    child first, so a pipe would block both for ever.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("mailbox"), "r+b", buffering=0)
+
+    def put(self, item: Any) -> None:
+        """Replace what is inside."""
+        self._file.seek(0)
+        self._file.truncate()
+        data = memoryview(pickle.dumps(item))
+        while data:
+            data = data[self._file.write(data) :]
+
+    def get_nowait(self) -> Any:
+        """Take out what is inside; raises queue.Empty if there is nothing."""
+        self._file.seek(0)
+        data = self._file.readall()
+        self._file.seek(0)
+        self._file.truncate()
+        if not data:
+            raise queue.Empty
+        return pickle.loads(data)
+
+
+class Writer:
+    """Runs Megatron's save requests, one at a time, and explains why one failed.
+
+    Args:
+        run_dir: named in messages.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        for name in ("strategies.torch", "strategies.async_utils", "serialization"):
+            # What they warn of is this package's decision.
+            logger = logging.getLogger(f"megatron.core.dist_checkpointing.{name}")
+            logger.setLevel(logging.ERROR)
+        # By default Megatron starts a manager process for this queue, which imports torch
+        # (seconds, half a GiB) and outlives a killed run.
+        filesystem_async._results_queue = Mailbox()
+        self._run_dir = run_dir
+        self._reasons = Mailbox()
+        self._path = run_dir
+        self._background: Any = None
+
+    def run(self, request: Any, path: Path, background: bool) -> None:
+        """Execute an AsyncRequest that writes the checkpoint at `path`.
+
+        Raises:
+            CheckpointError: on every rank, if the bytes of any rank could not be written;
+                what was written is removed. In the background: by `poll` or `wait`.
+        """
+        self._path = path
+        if request.async_fn is None:
+            self._reasons.put([])
+        else:
+            request = request._replace(
+                async_fn=_Telling(request.async_fn, self._reasons),
+            )
+        request.finalize_fns.insert(0, self._check)
+        with self.explained():
+            if background:
+                self._queue().schedule_async_request(request)
+            else:
+                request.execute_sync()
+
+    def poll(self, blocking: bool) -> None:
+        """Finish a background write that is done. A collective: every rank must call it."""
+        if self._background is not None:
+            with self.explained():
+                self._background.maybe_finalize_async_calls(blocking=blocking)
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        if self._background is not None:
+            self.poll(blocking=True)
+            self._background.close()
+            self._background = None
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn a disk that is full, read-only, ... into one sentence for the user."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            reason = self._reason(error)
+            if reason is None:
+                raise
+            raise self._failed(reason) from error
+
+    def _check(self) -> None:
+        """First of the finalisers: every rank has written, or every rank raises."""
+        try:
+            reasons = self._reasons.get_nowait()
+        except queue.Empty:
+            reasons = ["the process that wrote it died"]
+        error = None
+        if reasons:
+            number = re.search(r"\[Errno (\d+)\]", reasons[0])
+            known = OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+            error = self._failed(known or self._reason(RuntimeError(reasons[0])) or reasons[0])
+        try:
+            raise_together(error)
+        except CheckpointError:
+            shutil.rmtree(self._path, ignore_errors=True)  # half a checkpoint fills the disk
+            raise
+
+    def _failed(self, reason: OSError | str) -> CheckpointError:
+        if isinstance(reason, OSError):
+            reason = unusable(self._run_dir, reason)
+        else:
+            reason = f"{reason}; see run.dir={self._run_dir}/logs; the last checkpoint is intact"
+        return CheckpointError(f"{self._path.name} was not saved: {reason}")
+
+    def _reason(self, error: OSError | RuntimeError) -> OSError | None:
+        if isinstance(error, OSError):
+            return error
+        if shutil.disk_usage(self._run_dir).free < _FULL:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return None
+
+    def _queue(self) -> Any:
+        if self._background is None:
+            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+            self._background = AsyncCallsQueue()
+        return self._background
+
+
+class _Telling:
+    """Calls Megatron's write function and puts the reasons of its failure into a mailbox.
+
+    Megatron's writer logs the reason, then raises another error, or returns.
+    """
+
+    def __init__(self, write: Callable[..., None], reasons: Mailbox) -> None:
+        self._write, self._reasons = write, reasons
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        collector = _Collector(logging.ERROR)
+        logger = logging.getLogger(f"{_MEGATRON}.filesystem_async")
+        logger.addHandler(collector)
+        try:
+            self._write(*args, **kwargs)
+        except Exception as error:  # raised again on every rank, by the first finaliser
+            collector.texts.append(f"{type(error).__name__}: {error}")
+        finally:
+            logger.removeHandler(collector)
+        self._reasons.put(collector.texts)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
