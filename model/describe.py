@@ -16,6 +16,7 @@ from model.validate import validate_recipe
 from parallel.layout import Layout
 from recipes.compose import run_cli
 from recipes.schema import ModelConfig, Recipe
+from recipes.tables import table
 
 
 def main(recipe: Recipe) -> int:
@@ -113,7 +114,7 @@ def _layer_table(layers: Sequence[LayerCount]) -> str:
         )
         for x in layers
     ]
-    return _table(rows, left=(1, 2))
+    return table(rows, left=(1, 2))
 
 
 def _mtp(model: ModelConfig, pattern: Pattern, counts: Counts) -> str:
@@ -151,7 +152,7 @@ def _modules(model: ModelConfig, pattern: Pattern, counts: Counts, length: int) 
                 f"{cost / total:.1%}",
             )
         )
-    return _table(rows, left=(0,))
+    return table(rows, left=(0,))
 
 
 def _totals(model: ModelConfig, counts: Counts, length: int) -> str:
@@ -169,20 +170,7 @@ def _totals(model: ModelConfig, counts: Counts, length: int) -> str:
         *((f"  {name}", f"{cost / 1e9:,.4f}") for name, cost in forward.items()),
         ("GFLOP per token, training (3 x forward)", f"{3 * once / 1e9:,.4f}"),
     ]
-    return _table(rows, left=(0,))
-
-
-def _table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Columns of equal width; numbers to the right, the columns `left` to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
+    return table(rows, left=(0,))
 
 
 if __name__ == "__main__":

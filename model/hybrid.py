@@ -8,7 +8,9 @@ import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from model.gemms import policy_of
 from model.pattern import parse_pattern
+from precision.apply import apply_policy, transformer_fields
 from recipes.schema import ModelConfig, ParallelConfig, PrecisionConfig, Recipe
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ def transformer_config(
     dtype = params_dtype(precision)
     # `-` layers are the only users of ffn_hidden_size, but Megatron always wants one.
     same["ffn_hidden_size"] = model.ffn_hidden_size or 4 * model.hidden_size
+    same |= transformer_fields(
+        precision, model.num_moe_experts is not None, parallel.moe_token_dispatcher_type
+    )
     pp = parallel.pipeline_model_parallel_size
     virtual = len(pattern.stages) // pp if pp > 1 else 1
     return TransformerConfig(
@@ -106,7 +111,8 @@ def build_model(
     post_process: bool = True,
     vp_stage: int | None = None,
 ) -> "HybridModel":
-    """One pipeline stage of the model, on the current device.
+    """One pipeline stage of the model, on the current device, in the formats the precision
+    policy starts with.
 
     torch.distributed, Megatron's parallel state and its RNG tracker must be initialised.
     """
@@ -123,7 +129,7 @@ def build_model(
     mixer = replace(mamba.submodules.mixer, params=sizes)
     mamba = replace(mamba, submodules=replace(mamba.submodules, mixer=mixer))
     spec = replace(hybrid_stack_spec, submodules=replace(layers, mamba_layer=mamba))
-    return HybridModel(
+    built = HybridModel(
         config=config,
         hybrid_stack_spec=spec,
         vocab_size=recipe.model.vocab_size,
@@ -136,3 +142,5 @@ def build_model(
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
+    apply_policy([built], policy_of(recipe))
+    return built

@@ -1,11 +1,15 @@
 """Is this recipe a model that can be built and trained? Plain Python, before anything is built.
 
 `validate_recipe` is the one entry point: rules of the run (recipes/validate.py), of the model
-(here) and of the layout (parallel/layout.py). Nothing here imports torch.
+(here), of the layout (parallel/layout.py) and of precision (precision/policy.py). Nothing here
+imports torch.
 """
 
+from model.gemms import policy_of
 from model.pattern import LAYERS, Pattern, parse_pattern
 from parallel.layout import Layout, validate_layout
+from precision.apply import transformer_fields
+from precision.policy import check_sizes
 from recipes.rules import above, at_least, divides, fail, listed, one_of, within
 from recipes.schema import ModelConfig, ParallelConfig, Recipe
 from recipes.validate import validate_run
@@ -53,6 +57,22 @@ def validate_recipe(
     Raises:
         ConfigError: the first rule that is broken, with key, value, rule and remedy.
     """
+    layout = validate_sizes_apart(recipe, world_size, device)
+    check_sizes(policy_of(recipe), rank_tokens(recipe, layout))
+    return layout
+
+
+def rank_tokens(recipe: Recipe, layout: Layout) -> int:
+    """Tokens of one micro batch that one rank of the dense layers has at its hands."""
+    split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    return recipe.stage.micro_batch_size * recipe.stage.sequence_length // split
+
+
+def validate_sizes_apart(
+    recipe: Recipe, world_size: int | None = None, device: str | None = None
+) -> Layout:
+    """`validate_recipe` without the rule that quantised matrices divide into blocks, for
+    `python -m precision.explain`, which shows where they do not."""
     validate_run(recipe)
     pattern = validate_model(recipe.model)
     layout = validate_layout(
@@ -67,6 +87,8 @@ def validate_recipe(
     )
     if (device or recipe.device) == "host":
         _host(recipe.parallel)
+    policy_of(recipe)
+    _fp8_mamba(recipe, pattern)
     return layout
 
 
@@ -173,6 +195,25 @@ def _router_groups(model: ModelConfig) -> None:
             f"does not spread model.moe_router_topk={topk} evenly over at most {groups} groups "
             f"of {experts // groups} experts",
             f"use {listed(fits)}" if fits else "change the number of groups",
+        )
+
+
+def _fp8_mamba(recipe: Recipe, pattern: Pattern) -> None:
+    """Megatron asserts this of every Mamba mixer of a model that uses FP8 anywhere."""
+    model, moe = recipe.model, recipe.model.num_moe_experts is not None
+    rows = (
+        2 * model.mamba_num_heads * model.mamba_head_dim
+        + 2 * model.mamba_num_groups * model.mamba_state_dim
+        + model.mamba_num_heads
+    )
+    fields = transformer_fields(recipe.precision, moe, recipe.parallel.moe_token_dispatcher_type)
+    if "fp8" in fields and "M" in pattern.main + pattern.mtp and rows % 16:
+        fail(
+            "model.mamba_num_heads",
+            model.mamba_num_heads,
+            f"gives mixer.in_proj {rows} rows, and Megatron wants a multiple of 16 wherever "
+            "something runs in MXFP8",
+            "use a multiple of 16 heads",
         )
 
 

@@ -15,3 +15,7 @@ class DataError(StrataError):
 
 class CheckpointError(StrataError):
     """A checkpoint that is missing, damaged or belongs to another run."""
+
+
+class PrecisionError(StrataError):
+    """Modules that computed in another format than the precision policy's."""

@@ -6,6 +6,7 @@ shows what is derived.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -97,6 +98,44 @@ class ModelConfig:
 
 
 @dataclass
+class PrecisionRule:
+    """In what format some matrix products run. Rules are tried in order; the first that matches
+    a module decides for it."""
+
+    layers: Any = "all"
+    """Where: all, mtp (multi-token prediction), `last 15%`, `first 2`, a number, a range `0-13`
+    or a list of these. Layers are counted from 0 over the whole decoder; shares are rounded up."""
+    module: str = "*"
+    """Which: a glob over names inside a layer: mixer.in_proj, mixer.out_proj,
+    self_attention.linear_qkv, self_attention.linear_proj, mlp.fc1_latent_proj,
+    mlp.fc2_latent_proj, mlp.experts.linear_fc1, mlp.shared_experts.linear_fc1,
+    mlp.linear_fc1 (and ...fc2), and eh_proj of MTP."""
+    format: str = "bf16"
+    """nvfp4, mxfp8, bf16 (not quantised: params_dtype), or nvfp4_backward, mxfp8_backward
+    (forward product not quantised, both gradients in that format)."""
+    why: str = ""
+    """The reason, shown by `python -m precision.explain`."""
+    optional: bool = False
+    """The model may have nothing for this rule to decide. Otherwise that is an error."""
+
+
+@dataclass
+class PrecisionSwitch:
+    """Other formats from some point of the run on. Off while `at_tokens` and `at_fraction` are
+    both null."""
+
+    at_tokens: float | None = None
+    """Switch at the first step that starts with so many tokens consumed."""
+    at_fraction: float | None = None
+    """The same as a share of the tokens of the stage."""
+    to: str | None = None
+    """New format of every quantised module: bf16, bf16_forward (gradients stay as they are),
+    mxfp8 or nvfp4. Modules that were not quantised stay so."""
+    rules: list[PrecisionRule] = field(default_factory=list)
+    """Instead of `to`: the rules from then on."""
+
+
+@dataclass
 class PrecisionConfig:
     """In what numbers."""
 
@@ -106,6 +145,23 @@ class PrecisionConfig:
     """Parameters, activations and gradients: bf16 or fp32. Optimizer state is FP32."""
     grad_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in FP32. BF16 loses the small MTP gradients."""
+    rules: list[PrecisionRule] = field(default_factory=lambda: [PrecisionRule(optional=True)])
+    """The format of every matrix product that can be quantised; without any rule, none is."""
+    extra_rules: list[PrecisionRule] = field(default_factory=list)
+    """Tried before `rules`: exceptions of one's own, without repeating a whole recipe."""
+    protected_layers: Any = "last 15%"
+    """The layers that the shipped nvfp4 recipe keeps in BF16: its rule refers to this key."""
+    evaluation: str | None = None
+    """Format of the quantised modules in validation: bf16, mxfp8 or nvfp4; null: as in
+    training."""
+    disable_rht: bool = False
+    """NVFP4 without the random Hadamard transform of the weight gradient's operands."""
+    disable_stochastic_rounding: bool = False
+    """NVFP4 gradients rounded to nearest."""
+    disable_2d_quantization: bool = False
+    """NVFP4 weights with scales of 1x16 instead of 16x16, so that W and W^T differ."""
+    switch: PrecisionSwitch = field(default_factory=PrecisionSwitch)
+    """A change of formats during the run."""
 
 
 @dataclass

@@ -13,9 +13,13 @@ from recipes.schema import (
     LoggingConfig,
     OptimizerConfig,
     PrecisionConfig,
+    PrecisionSwitch,
     Recipe,
     StageConfig,
 )
+
+FORMATS = ("nvfp4", "mxfp8", "bf16", "fp32", "nvfp4_backward", "mxfp8_backward")
+"""What a precision rule may ask for."""
 
 
 def validate_run(recipe: Recipe) -> None:
@@ -47,6 +51,51 @@ def stage_tokens(stage: StageConfig) -> float:
 
 def _precision(precision: PrecisionConfig) -> None:
     one_of("precision.params_dtype", precision.params_dtype, ("bf16", "fp32"))
+    one_of("precision.evaluation", precision.evaluation, (None, "bf16", "mxfp8", "nvfp4"))
+    for group in ("rules", "extra_rules", "switch.rules"):
+        owner = precision.switch if group == "switch.rules" else precision
+        for i, rule in enumerate(getattr(owner, group.rpartition(".")[2])):
+            key = f"precision.{group}[{i}].format"
+            one_of(key, rule.format, FORMATS)
+            if rule.format == "fp32" and precision.params_dtype != "fp32":
+                fail(
+                    key,
+                    "fp32",
+                    f"cannot be had with precision.params_dtype={precision.params_dtype}",
+                    "use bf16, which means not quantised, or params_dtype=fp32",
+                )
+    _switch(precision.switch)
+
+
+def _switch(switch: PrecisionSwitch) -> None:
+    key = "precision.switch"
+    above(f"{key}.at_tokens", switch.at_tokens, 0, "no switch at a number of tokens")
+    if switch.at_fraction is not None:
+        within(f"{key}.at_fraction", switch.at_fraction, 0, 1)
+    one_of(f"{key}.to", switch.to, (None, "bf16", "bf16_forward", "mxfp8", "nvfp4"))
+    times = [t for t in (switch.at_tokens, switch.at_fraction) if t is not None]
+    targets = [t for t in (switch.to, switch.rules) if t]
+    if len(times) == 2:
+        fail(
+            f"{key}.at_tokens",
+            switch.at_tokens,
+            f"and {key}.at_fraction={show(switch.at_fraction)} both say when",
+            "set one of them to null",
+        )
+    if len(targets) == 2:
+        fail(
+            f"{key}.to",
+            switch.to,
+            f"and {key}.rules both say what the formats become",
+            "set to to null or leave rules empty",
+        )
+    if len(times) != len(targets):
+        fail(
+            f"{key}.to",
+            switch.to,
+            f"needs both a time ({key}.at_tokens or at_fraction) and a target (to or rules)",
+            "give the missing one, or neither",
+        )
 
 
 def _stage(stage: StageConfig) -> None:

@@ -1,0 +1,192 @@
+"""From the rules of a recipe to the format of every matrix product of a model.
+
+Plain Python: the model is a list of `Gemm`, the result a `Policy`. How Megatron-Core is made to
+follow it is in precision/apply.py, the whole story in policy.md.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from precision.rules import Rule, read_rules
+from recipes.errors import ConfigError
+from recipes.rules import listed
+from recipes.schema import PrecisionConfig
+
+BLOCK = {"nvfp4": 16, "mxfp8": 32}
+"""Format -> block both dimensions of a quantised matrix must be multiples of: blocks run along
+each of them in turn, and Transformer Engine's quantisers refuse a remainder
+(NVFP4Quantizer.is_quantizable, MXFP8Quantizer.is_quantizable)."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One linear module of the model that Transformer Engine can quantise."""
+
+    name: str
+    """Megatron's name, with the layer's number in the whole decoder."""
+    layer: int | None
+    """That number; None inside multi-token prediction."""
+    module: str
+    """Its name inside the layer: mixer.in_proj, ..., or eh_proj."""
+    rows: int
+    columns: int
+    """The weight [rows, columns] of one tensor-parallel rank; of one expert, if it has many."""
+    parameters: int
+    """Elements of the weight, over all ranks and experts."""
+    flops: float
+    """Forward FLOPs per token, over all MTP depths that use it."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The format of one module, and the rule that chose it."""
+
+    gemm: Gemm
+    rule: Rule
+    format: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The format of every module, at any time of a run."""
+
+    start: tuple[Decision, ...]
+    """From the first token."""
+    after: tuple[Decision, ...]
+    """From `switch_tokens` on; the same without a switch."""
+    switch_tokens: float
+    """Consumed tokens at which the formats change; infinite without a switch."""
+    evaluation: str | None
+    """Format of quantised modules outside training; None: as in training."""
+
+    def at(self, consumed_tokens: float) -> tuple[Decision, ...]:
+        """The formats of the step that starts with so many tokens consumed."""
+        return self.after if consumed_tokens >= self.switch_tokens else self.start
+
+
+def block_format(name: str) -> str:
+    """The number format of a rule's format: nvfp4_backward -> nvfp4."""
+    return name.removesuffix("_backward")
+
+
+def is_quantized(name: str) -> bool:
+    """Whether any product of a module in this format has quantised operands."""
+    return block_format(name) in BLOCK
+
+
+def resolve(
+    precision: PrecisionConfig, gemms: Sequence[Gemm], num_layers: int, stage_tokens: float
+) -> Policy:
+    """Decide every module.
+
+    Args:
+        gemms: the modules of the whole model, not of one pipeline stage.
+        num_layers: layers of the decoder.
+        stage_tokens: tokens of the run, of which `switch.at_fraction` is a share.
+
+    Raises:
+        ConfigError: a rule that decides for no module and is not optional, a module that no
+            rule covers, or layers that do not exist.
+    """
+    extra = read_rules("precision.extra_rules", precision.extra_rules, num_layers)
+    rules = extra + read_rules("precision.rules", precision.rules, num_layers)
+    start = _decide("precision.rules", rules, gemms)
+    switch = precision.switch
+    tokens = switch.at_tokens
+    if switch.at_fraction is not None:
+        tokens = switch.at_fraction * stage_tokens
+    after = start
+    if tokens is not None:
+        key = "precision.switch.rules"
+        if switch.to is not None:
+            after = tuple(replace(d, format=_switched(d.format, switch.to)) for d in start)
+        else:
+            after = _decide(key, read_rules(key, switch.rules, num_layers), gemms)
+    return Policy(start, after, math.inf if tokens is None else tokens, precision.evaluation)
+
+
+def _switched(name: str, to: str) -> str:
+    """The format after `switch.to`; what is not quantised stays so."""
+    if not is_quantized(name):
+        return name
+    return f"{block_format(name)}_backward" if to == "bf16_forward" else to
+
+
+def _decide(key: str, rules: Sequence[Rule], gemms: Sequence[Gemm]) -> tuple[Decision, ...]:
+    decisions = []
+    for gemm in gemms:
+        rule = next((r for r in rules if r.matches(gemm.layer, gemm.module)), None)
+        if rule is None:
+            raise ConfigError(
+                f"{key} leaves {gemm.name} without a format; end the list with a rule for "
+                "everything else, such as {format: bf16}"
+            )
+        decisions.append(Decision(gemm, rule, rule.format))
+    deciding = {d.rule.key for d in decisions}
+    for rule in rules:
+        if rule.key not in deciding and not rule.optional:
+            _explain_idle(rule, rules, gemms)
+    return tuple(decisions)
+
+
+def _explain_idle(rule: Rule, rules: Sequence[Rule], gemms: Sequence[Gemm]) -> None:
+    """Raise for a rule that decides nothing, and say why it does not."""
+    own = [g for g in gemms if rule.matches(g.layer, g.module)]
+    if own:
+        takers = {next(r for r in rules if r.matches(g.layer, g.module)).key for g in own}
+        raise ConfigError(
+            f"{rule} decides for no module, because {listed(sorted(takers))} matches all of its "
+            "modules first; move it up, remove it, or set optional: true"
+        )
+    here = sorted({g.module for g in gemms if g.layer in rule.layers})
+    raise ConfigError(
+        f"{rule} matches no module, because these layers "
+        f"{'have ' + ', '.join(here) if here else 'are not in the model'}; correct it, remove it, "
+        "or set optional: true"
+    )
+
+
+def sizes_problem(decision: Decision, tokens: int) -> str | None:
+    """Why the products of a module cannot be quantised in the decided format, or None.
+
+    Args:
+        tokens: rows of the activations of one micro batch on one rank.
+    """
+    gemm = decision.gemm
+    block = BLOCK.get(block_format(decision.format))
+    sizes = {"rows": gemm.rows, "columns": gemm.columns, "tokens": tokens}
+    for dimension, size in sizes.items():
+        if block and size % block:
+            return f"{size} {dimension} % {block} = {size % block}"
+    return None
+
+
+def check_sizes(policy: Policy, tokens: int) -> None:
+    """Check that every product can be cut into blocks; `tokens` as in `sizes_problem`.
+
+    Raises:
+        ConfigError: the first module whose weight, or whose activations, do not divide.
+    """
+    for key, decision in _formats(policy):
+        if problem := sizes_problem(decision, tokens):
+            gemm = decision.gemm
+            raise ConfigError(
+                f"{key}={decision.format} cannot quantise {gemm.name}, a weight of "
+                f"[{gemm.rows}, {gemm.columns}] on a rank that has {tokens} tokens: {problem}; "
+                "change that size of the model, the batch or the parallelism, or add "
+                f"'precision.extra_rules=[{{module: {gemm.module}, format: bf16}}]'"
+            )
+
+
+def _formats(policy: Policy) -> Iterator[tuple[str, Decision]]:
+    """Every format a module ever has, with the key that says so."""
+    for decision in policy.start:
+        yield f"{decision.rule.key}.format", decision
+    for before, decision in zip(policy.start, policy.after, strict=True):
+        same_rule = before.rule is decision.rule
+        yield "precision.switch.to" if same_rule else f"{decision.rule.key}.format", decision
+    if policy.evaluation is not None:
+        for decision in (*policy.start, *policy.after):
+            if is_quantized(decision.format):
+                yield "precision.evaluation", replace(decision, format=policy.evaluation)
