@@ -202,6 +202,8 @@ class Checkpointer:
                 loaded[_model_key(i, len(state.chunks))], strict=True
             )
         state.optimizer.load_state_dict(loaded["optimizer"])
+        # Megatron adds the loaded position to the present one, which a rollback has.
+        state.schedule.num_steps = 0
         state.schedule.load_state_dict(loaded["schedule"])
         state.progress = Progress(**loaded["progress"])
         if same_layout:

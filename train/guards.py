@@ -52,8 +52,10 @@ class StopRequest:
 
         flag = torch.tensor([self.signal or 0], device=torch.cuda.current_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.signal = int(flag.item()) or None
-        return self.signal is not None
+        number = int(flag.item())
+        if number:  # else one may have been noted meanwhile: the next call tells the others
+            self.signal = number
+        return number != 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -126,6 +126,8 @@ def _library_messages() -> Iterator[MemoryHandler]:
     root = logging.getLogger()
     root.addHandler(handler)
     logging.captureWarnings(True)
+    # Says on the terminal that there is no CUDA, as the table of backends does.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.simplefilter("default")
     try:
         yield handler

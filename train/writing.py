@@ -29,24 +29,27 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._file = os.fdopen(os.memfd_create("mailbox"), "r+b", buffering=0)
+        self._file = os.memfd_create("mailbox")
+
+    def __del__(self) -> None:
+        os.close(self._file)
 
     def put(self, item: Any) -> None:
         """Replace what is inside."""
-        self._file.seek(0)
-        self._file.truncate()
-        data = memoryview(pickle.dumps(item))
-        while data:
-            data = data[self._file.write(data) :]
+        os.ftruncate(self._file, 0)
+        data, written = memoryview(pickle.dumps(item)), 0
+        while written < len(data):
+            written += os.pwrite(self._file, data[written:], written)
 
     def get_nowait(self) -> Any:
         """Take out what is inside; raises queue.Empty if there is nothing."""
-        self._file.seek(0)
-        data = self._file.readall()
-        self._file.seek(0)
-        self._file.truncate()
-        if not data:
+        size = os.fstat(self._file).st_size
+        if size == 0:
             raise queue.Empty
+        data = b""
+        while len(data) < size:
+            data += os.pread(self._file, size - len(data), len(data))
+        os.ftruncate(self._file, 0)
         return pickle.loads(data)
 
 
@@ -163,7 +166,7 @@ class _Telling:
     """
 
     def __init__(self, write: Callable[..., None], reasons: Mailbox) -> None:
-        self._write, self._reasons = write, reasons
+        self._write, self._reasons, self._trainer = write, reasons, os.getpid()
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         collector = _Collector(logging.ERROR)
@@ -173,6 +176,10 @@ class _Telling:
             self._write(*args, **kwargs)
         except Exception as error:  # raised again on every rank, by the first finaliser
             collector.texts.append(f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            if os.getpid() == self._trainer:
+                raise
+            os._exit(130)  # the trainer was interrupted too, and says so
         finally:
             logger.removeHandler(collector)
         self._reasons.put(collector.texts)

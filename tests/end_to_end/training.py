@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ SMALL = (
 )
 """Every architectural part, two micro batches a step."""
 
+STEPS = 12
+"""Length of the run most tests compare with."""
+
 
 def sources(folder: Path) -> str:
     """Override of data.sources: a little source code, no download."""
@@ -48,15 +51,18 @@ class Command:
     data: Path
     module: str = "train"
 
-    def start(self) -> subprocess.Popen[str]:
+    launcher: Sequence[str] = (sys.executable,)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def start(self, stderr: int = subprocess.STDOUT) -> subprocess.Popen[str]:
         """Start it in the background."""
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        env |= {"STRATA_DATA": str(self.data), "OMP_NUM_THREADS": "1"}
+        env |= {"STRATA_DATA": str(self.data), "OMP_NUM_THREADS": "1", **self.environment}
         return subprocess.Popen(
-            [sys.executable, "-m", self.module, *self.overrides],
+            [*self.launcher, "-m", self.module, *self.overrides],
             env=env,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
         )
 
@@ -66,6 +72,21 @@ class Command:
         output, _ = process.communicate(timeout=timeout)
         assert process.returncode == code, f"exit code {process.returncode}, not {code}:\n{output}"
         return output
+
+    def refused(self, timeout: float = 200) -> str:
+        """Run it, expect a user error, return its one line."""
+        process = self.start(stderr=subprocess.PIPE)
+        output, errors = process.communicate(timeout=timeout)
+        assert process.returncode == 2, f"exit code {process.returncode}:\n{output}{errors}"
+        assert "Traceback" not in output + errors
+        assert errors.count("\n") == 1 and "Error: " in errors, errors
+        return errors
+
+
+def train(data: Path, run: Path, *overrides: str) -> Command:
+    """The command that trains STEPS steps in `run`, unless an override says how long."""
+    steps = () if any("train_steps" in o for o in overrides) else (f"stage.train_steps={STEPS}",)
+    return Command([*SMALL, sources(data), f"run.dir={run}", *steps, *overrides], data)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -93,7 +114,15 @@ def end_with(process: subprocess.Popen[str], number: signal.Signals, code: int) 
     return output
 
 
-def essence(records: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What must be equal bit for bit between runs that are the same."""
-    names = ("step", "loss", "grad_norm", "mtp_loss", "learning_rate", "params_hash", "tokens")
-    return [tuple(str(r[n]) for n in names) for r in records]
+def essence(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What must be equal bit for bit between runs that are the same: all but time and memory."""
+    measured = ("seconds", "tokens_per_second", "model_flops_per_second", "memory_gib")
+    # Validated at other steps if the run was interrupted; training must not notice.
+    left_out = (*measured, "validation_loss")
+    return [{k: v for k, v in r.items() if k not in left_out} for r in records]
+
+
+def tree(*folders: Path) -> dict[str, bytes | None]:
+    """Every file below the folders with its content, every folder with None."""
+    paths = [p for folder in folders for p in sorted(folder.rglob("*"))]
+    return {str(p): p.read_bytes() if p.is_file() else None for p in paths}

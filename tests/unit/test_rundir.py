@@ -1,0 +1,55 @@
+"""Whose a run directory is."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from model.backends import install_backends
+from recipes.compose import load_recipe
+from recipes.errors import ConfigError
+from train import rundir
+
+
+def prepared(folder: Path, *overrides: str) -> list[str]:
+    recipe = load_recipe(["experiment=tiny", f"run.dir={folder}", *overrides])
+    changes = rundir.check(recipe)
+    rundir.prepare(recipe, install_backends("host"))
+    return changes
+
+
+def test_a_mistake_made_before_the_first_step_can_be_mended(tmp_path: Path) -> None:
+    prepared(tmp_path, "optimizer.lr=1")
+    assert prepared(tmp_path, "optimizer.lr=2") == []  # nothing was trained with 1
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"another configuration \(optimizer.lr: 2.0 -> 3.0\)"):
+        prepared(tmp_path, "optimizer.lr=3")
+    assert prepared(tmp_path, "optimizer.lr=2", "stage.train_steps=7") == [
+        "stage.train_steps: 300 -> 7"
+    ]
+
+
+def test_metrics_of_nobody(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="holds metrics of a run without its config.json"):
+        prepared(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "free some space and start again"),
+        (errno.EDQUOT, "free some of your quota"),
+        (errno.EROFS, "choose a directory you can write to"),
+        (errno.EACCES, "choose a directory you can write to"),
+    ],
+)
+def test_what_the_file_system_says_comes_with_a_remedy(
+    code: int, remedy: str, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(ConfigError, match=f"run.dir={tmp_path}: {os.strerror(code)}; {remedy}"),
+        rundir.usable(tmp_path),
+    ):
+        raise OSError(code, os.strerror(code))
