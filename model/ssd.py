@@ -260,11 +260,8 @@ class _Block:
         """Weighted and with a group's heads side by side: [k, q, e] in x's dtype."""
         k, r, q, p = t_krqp.shape
         out_kqrp = torch.empty(k, q, r, p, dtype=t_krqp.dtype, device=t_krqp.device)
-        weight = weight_krq.unsqueeze(-1)
-        if t_krqp.dtype == weight.dtype:
-            torch.mul(t_krqp, weight, out=out_kqrp.transpose(1, 2))
-        else:
-            out_kqrp.transpose(1, 2).copy_(t_krqp * weight)
+        weight = weight_krq.to(t_krqp.dtype).unsqueeze(-1)
+        torch.mul(t_krqp, weight, out=out_kqrp.transpose(1, 2))
         return out_kqrp.flatten(2)
 
     def by_head(self, t_kqe: Tensor) -> Tensor:
@@ -276,11 +273,9 @@ class _Block:
     ) -> None:
         """Write base + weight t into this span of `out_blhp`."""
         out = self.span.heads(out_blhp, self.lead[2])
-        base, t, weight = (self.unfold(v) for v in (base_krqp, t_krqp, weight_krq.unsqueeze(-1)))
-        if out.dtype == weight.dtype:
-            torch.addcmul(base, t, weight, out=out)
-        else:
-            out.copy_((t * weight).add_(base))
+        weight_krq1 = weight_krq.to(out.dtype).unsqueeze(-1)
+        base, t, weight = (self.unfold(v) for v in (base_krqp, t_krqp, weight_krq1))
+        torch.addcmul(base, t, weight, out=out)
 
     def unfold(self, t_k: Tensor) -> Tensor:
         """[k, ...] -> [m, b, g, ...], a view."""

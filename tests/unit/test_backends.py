@@ -59,6 +59,17 @@ def test_installing_twice_gives_the_same_table(backends: Backends) -> None:
     assert moved.tolist() == [1, 2] and not isinstance(moved, torch.Tensor)
 
 
+def test_tokens_are_sorted_only_if_they_are_not(backends: Backends) -> None:
+    from megatron.core.transformer.moe.token_dispatcher import sort_chunks_by_idxs
+
+    x, probs = torch.arange(6.0).unsqueeze(1), torch.arange(6.0)
+    sizes = torch.tensor([1, 2, 3])
+    same, same_probs = sort_chunks_by_idxs(x, sizes, torch.tensor([0, 1, 2]), probs=probs)
+    assert same is x and same_probs is probs
+    moved, moved_probs = sort_chunks_by_idxs(x, sizes, torch.tensor([2, 0, 1]), probs=probs)
+    assert moved.flatten().tolist() == moved_probs.tolist() == [3, 4, 5, 0, 1, 2]
+
+
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("host") == "host"

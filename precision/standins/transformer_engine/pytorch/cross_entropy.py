@@ -66,7 +66,9 @@ class _CrossEntropy(torch.autograd.Function):
         probabilities, local, here, log_p, scale, ignored = ctx.saved_tensors
         grad = grad.reshape(-1).float().masked_fill(ignored, 0.0)
         rows = grad if scale is None else grad * scale
-        dx = probabilities * rows.unsqueeze(1).to(probabilities.dtype)
+        # In place, like the real library: a second backward pass through the same graph is
+        # refused by autograd, which sees that what it saved has changed.
+        dx = probabilities.mul_(rows.unsqueeze(1).to(probabilities.dtype))
         at_target = ((log_p.exp() - 1) * grad).to(dx.dtype)
         owned = here.nonzero().squeeze(1)
         dx[owned, local[owned, 0]] = at_target[owned]
