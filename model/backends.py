@@ -67,7 +67,7 @@ def install_backends(device: str = "auto") -> Backends:
     import torch
 
     from model.mamba_ssm_standin import install as install_mamba_ssm
-    from parallel import cuda_runtime
+    from parallel import cuda_runtime, solo
     from parallel.device import choose_device
     from parallel.host_memory import keep_freed_memory
     from precision.backend import install_transformer_engine
@@ -78,6 +78,7 @@ def install_backends(device: str = "auto") -> Backends:
     if host:
         keep_freed_memory()
         cuda_runtime.install()
+        solo.install()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     te_kind, te_version = install_transformer_engine()
@@ -132,7 +133,8 @@ def _refuse_foreign_apex() -> None:
 
 
 def _adapt_megatron_to_host() -> None:
-    """Two places where Megatron means "not on a GPU yet" but a host means "already there"."""
+    """Places where Megatron means "not on a GPU yet" but a host means "already there", and one
+    where its GPU kernel is free but PyTorch copies every token."""
     import torch
 
     from parallel.fusion import fuse
@@ -159,6 +161,21 @@ def _adapt_megatron_to_host() -> None:
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_or_convert
+    sort_chunks = token_dispatcher.sort_chunks_by_idxs
+
+    def sort_unless_sorted(
+        input: torch.Tensor,
+        split_sizes: torch.Tensor,
+        sorted_idxs: torch.Tensor,
+        probs: torch.Tensor | None = None,
+        fused: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        order = sorted_idxs.tolist()
+        if order == sorted(order):  # always so with one expert-parallel rank
+            return input, probs
+        return sort_chunks(input, split_sizes, sorted_idxs, probs=probs, fused=fused)
+
+    token_dispatcher.sort_chunks_by_idxs = sort_unless_sorted
     # A host has one generator where Megatron expects two; drawing from it inside a fork is
     # what must happen, so Megatron's warning about it says nothing here.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
