@@ -114,19 +114,23 @@ def scaled(
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     source, target = layout.view(x), layout.view(out)
-    buffers: Tensor | None = None
-    for part in spans(source):
+    parts = spans(source)
+    longest = source[parts[0]].numel() if parts else 0
+    buffers = torch.empty(2 + (generator is not None), longest, device=x.device)
+    for part in parts:
         shape = source[part].shape
-        if buffers is None:
-            buffers = torch.empty(2 + (generator is not None), shape.numel(), device=x.device)
         y, scratch, *noise = buffers[:, : shape.numel()].unflatten(1, shape)
         y.copy_(source[part])
         y.mul_(multiplier[part]).clamp_(-form.largest, form.largest)
-        sign = y + 0.0 if stored is None else None
+        sign = y + 0.0 if stored is None else y
         if generator is not None:
             noise[0].copy_(stochastic_noise(shape.numel(), generator).view(shape))
         round_(y, form, scratch, *noise)
-        target[part] = y.copysign_(sign) if sign is not None else y.mul_(stored[part])
+        if stored is not None:
+            y.mul_(stored[part])
+        else:
+            y.copysign_(sign)
+        target[part] = y
     return out
 
 

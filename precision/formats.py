@@ -149,8 +149,8 @@ def encode_e8m0(
     Args:
         x: FP32. Zero becomes the smallest power, 2^-127, as in Transformer Engine.
         rounding: "up" (Transformer Engine's `float_to_e8m0`, for block scales), "nearest"
-            (halfway between two powers: the greater, an even multiple of the other), or "stochastic" (the mean of many draws
-            is x).
+            (half way between two powers: the greater, an even multiple of the other), or
+            "stochastic" (the mean of many draws is x).
         generator: of the draws; only with "stochastic".
 
     Infinity becomes 2^127; NaN and negative numbers become NaN.

@@ -22,7 +22,6 @@ install_backends("host")
 
 import transformer_engine  # noqa: E402
 import transformer_engine.pytorch as te  # noqa: E402
-from transformer_engine.common import recipe as te_recipe  # noqa: E402
 from transformer_engine.pytorch import optimizers  # noqa: E402
 from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy  # noqa: E402
 from transformer_engine.pytorch.distributed import CudaRNGStatesTracker, checkpoint  # noqa: E402
@@ -335,10 +334,6 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "causal mask over 3 keys": lambda: te.DotProductAttention(2, 8)(Q, Q[:3], Q[:3]),
     "label_smoothing": lambda: parallel_cross_entropy(Q, Q, label_smoothing=0.1),
     "is_cg_capturable": lambda: parallel_cross_entropy(Q, Q, is_cg_capturable=True),
-    "NVFP4BlockScaling": lambda: te.autocast(recipe=te_recipe.NVFP4BlockScaling()).__enter__(),
-    "MXFP8BlockScaling": lambda: te.fp8_autocast(
-        fp8_recipe=te_recipe.MXFP8BlockScaling()
-    ).__enter__(),
     "quantized parameters": lambda: te.quantized_model_init().__enter__(),
     "CudaRNGStatesTracker": CudaRNGStatesTracker,
     "checkpoint": lambda: checkpoint(print),

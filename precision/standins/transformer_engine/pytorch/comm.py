@@ -32,3 +32,8 @@ def reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     part = torch.empty((x.shape[0] // group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
     dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
     return part
+
+
+def maximum(x: Tensor, group: Group) -> None:
+    """Largest of x over the group, in place."""
+    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)

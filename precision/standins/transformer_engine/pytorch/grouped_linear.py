@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .comm import Group
-from .module import InitMethod, WeightedModule, refuse
+from .module import InitMethod, refuse
+from .quantized import QuantizedProducts
+from .quantized_module import QuantizedModule
 
 _ALIGN = 64
 """Row counts of BF16 products on a CPU are rounded up to this. oneDNN compiles a kernel for
@@ -79,8 +81,10 @@ class _GroupedProduct(torch.autograd.Function):
         return dx, None, *dw
 
 
-class GroupedLinear(WeightedModule):
+class GroupedLinear(QuantizedModule):
     """Mirrors `transformer_engine.pytorch.GroupedLinear` (parameters weight0, weight1, ...)."""
+
+    module_type = "grouped_linear"
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class GroupedLinear(WeightedModule):
         parallel_mode: str | None = None,
         device: torch.device | str = "cpu",
         ub_name: str | None = None,
+        name: str | None = None,
         **unsupported: Any,
     ) -> None:
         refuse(
@@ -123,6 +128,7 @@ class GroupedLinear(WeightedModule):
             rng_tracker_name=rng_tracker_name,
             bias=bias,
             return_bias=return_bias,
+            name=name,
         )
         self.num_gemms = num_gemms
         self.single_grouped_weight = self.single_grouped_bias = False
@@ -138,6 +144,11 @@ class GroupedLinear(WeightedModule):
             raise ValueError(
                 f"m_splits={splits} sums to {sum(splits)}, but the input has {inp.shape[0]} rows"
             )
-        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
-        y = _GroupedProduct.apply(inp, splits, *weights)
+        names = [f"weight{i}" for i in range(self.num_gemms)]
+        weights = [getattr(self, name) for name in names]
+        plan = self.plan(inp, names, is_first_microbatch, splits)
+        if plan is not None:
+            y = QuantizedProducts.apply(inp, plan, *weights)
+        else:
+            y = _GroupedProduct.apply(inp, splits, *weights)
         return (y, None) if self.return_bias else y

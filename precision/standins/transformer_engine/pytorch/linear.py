@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from . import comm
-from .module import InitMethod, WeightedModule, refuse
+from .module import InitMethod, refuse
 from .norm import rms_norm
+from .quantized import QuantizedProducts
+from .quantized_module import QuantizedModule
 
 
 class _Product(torch.autograd.Function):
     """y = x W^T with the collectives of its parallel mode; the three products of a linear
-    layer (forward, data gradient, weight gradient) stand in one place so that quantized
-    operands have one place to go."""
+    layer (forward, data gradient, weight gradient) stand in one place, in high precision; the
+    quantized ones are in `quantized.py`."""
 
     @staticmethod
     def forward(
@@ -56,7 +58,7 @@ class _Product(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-class Linear(WeightedModule):
+class Linear(QuantizedModule):
     """y = x W^T + b, optionally split over tensor-parallel ranks.
 
     Mirrors `transformer_engine.pytorch.Linear`; arguments that would change what is
@@ -97,6 +99,7 @@ class Linear(WeightedModule):
             rng_tracker_name=rng_tracker_name,
             bias=bias,
             return_bias=return_bias,
+            name=name,
         )
         self.add_weight("weight")
         if bias:
@@ -108,11 +111,17 @@ class Linear(WeightedModule):
         self, inp: Tensor, is_first_microbatch: bool | None = None
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """x_sbi -> y_sbo, or (y_sbo, bias) when the caller adds the bias."""
-        return self._project(inp)
+        return self._project(inp, is_first_microbatch)
 
-    def _project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        group = self.tp_group if self.tp_size > 1 else None
-        y = _Product.apply(x, self.weight, self.parallel_mode, self.sequence_parallel, group)
+    def _project(
+        self, x: Tensor, is_first_microbatch: bool | None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        plan = self.plan(x, ["weight"], is_first_microbatch)
+        if plan is not None:
+            y = QuantizedProducts.apply(x, plan, self.weight)
+        else:
+            group = self.tp_group if self.tp_size > 1 else None
+            y = _Product.apply(x, self.weight, self.parallel_mode, self.sequence_parallel, group)
         if self.return_bias:
             return y, self.bias
         return y if self.bias is None else y + self.bias
@@ -152,4 +161,5 @@ class LayerNormLinear(Linear):
         self, inp: Tensor, is_first_microbatch: bool | None = None
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """x_sbi -> y_sbo of the normalised input."""
-        return self._project(rms_norm(inp, self.layer_norm_weight, self.eps))
+        normed = rms_norm(inp, self.layer_norm_weight, self.eps)
+        return self._project(normed, is_first_microbatch)
