@@ -97,6 +97,26 @@ def test_linear_against_the_definition(name: str, dtype: torch.dtype) -> None:
     assert layer.quantized_with == name.split()[0]
 
 
+def test_saving_the_input_changes_when_it_is_quantized_only() -> None:
+    x, w, g = data(torch.bfloat16)
+    layer = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16)
+    layer.weight.data.copy_(w)
+    wanted = run(layer, x, g, RECIPES["nvfp4"]())
+    layer.save_original_input = True
+    assert all(map(torch.equal, run(layer, x, g, RECIPES["nvfp4"]()), wanted))
+    # Megatron empties an input that it can recompute, and fills it again before it is needed.
+    kept = x.clone().requires_grad_()
+    layer.weight.grad = None
+    with te.autocast(recipe=RECIPES["nvfp4"]()):
+        y = layer(kept)
+    with torch.no_grad():
+        kept.untyped_storage().resize_(0)
+        kept.untyped_storage().resize_(x.untyped_storage().size())
+        kept.data.copy_(x)
+    y.backward(g)
+    assert torch.equal(layer.weight.grad, wanted[2])
+
+
 def test_layer_norm_linear_quantizes_the_norm_as_stored() -> None:
     settings: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16}
     fused = te.LayerNormLinear(INPUTS, OUTPUTS, normalization="RMSNorm", **settings)

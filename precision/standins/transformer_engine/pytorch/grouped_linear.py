@@ -105,6 +105,7 @@ class GroupedLinear(QuantizedModule):
         device: torch.device | str = "cpu",
         ub_name: str | None = None,
         name: str | None = None,
+        save_original_input: bool = False,
         **unsupported: Any,
     ) -> None:
         refuse(
@@ -129,6 +130,7 @@ class GroupedLinear(QuantizedModule):
             bias=bias,
             return_bias=return_bias,
             name=name,
+            save_original_input=save_original_input,
         )
         self.num_gemms = num_gemms
         self.single_grouped_weight = self.single_grouped_bias = False

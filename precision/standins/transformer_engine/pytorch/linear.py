@@ -82,6 +82,7 @@ class Linear(QuantizedModule):
         device: torch.device | str = "cpu",
         rng_tracker_name: str | None = None,
         name: str | None = None,
+        save_original_input: bool = False,
         **unsupported: Any,
     ) -> None:
         refuse("Linear", fuse_wgrad_accumulation=fuse_wgrad_accumulation, **unsupported)
@@ -100,6 +101,7 @@ class Linear(QuantizedModule):
             bias=bias,
             return_bias=return_bias,
             name=name,
+            save_original_input=save_original_input,
         )
         self.add_weight("weight")
         if bias:

@@ -48,6 +48,9 @@ class Plan:
     Attributes:
         weights: quantized weights, one an expert.
         gradients: whether a backward pass may follow.
+        save_input: keep x itself for the weight gradient and quantize it there; else its operand
+            is made and kept at once. Megatron asks for it where something else keeps x anyway, or
+            where it empties x after the forward pass and fills it again before the backward one.
         splits: tokens of each expert; None: one weight, all tokens.
         mode, sequence_parallel, group: of tensor parallelism, as of the module.
     """
@@ -57,6 +60,7 @@ class Plan:
     casting: Casting
     observer: Observer | None
     gradients: bool
+    save_input: bool
     splits: Sequence[int] | None = None
     mode: str | None = None
     sequence_parallel: bool = False
@@ -176,6 +180,16 @@ def _weight_gradients(
     return list(stacked.unbind(0))
 
 
+def _saved_input(ctx: Any, plan: Plan) -> Operand:
+    if not plan.save_input:
+        values, amax = ctx.saved_tensors
+        return Operand(values, amax, ctx.unit)
+    (x,) = ctx.saved_tensors
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    casting = plan.shared("column")
+    return columnwise(plan.quantizers.input, tokens, "input", casting, plan.observer)
+
+
 class QuantizedProducts(torch.autograd.Function):
     """y_to = x_ti w^T with quantized operands; the leading dimensions of x are kept."""
 
@@ -193,9 +207,12 @@ class QuantizedProducts(torch.autograd.Function):
             y = reduce(y, plan.group)
         ctx.plan, ctx.dtype, ctx.x_shape = plan, x.dtype, x.shape
         if plan.gradients and any(ctx.needs_input_grad[2:]):
-            kept = columnwise(quantizer, tokens, "input", casting, plan.observer)
-            ctx.save_for_backward(kept.values, kept.amax)
-            ctx.unit = kept.unit
+            if plan.save_input:
+                ctx.save_for_backward(x)
+            else:
+                kept = columnwise(quantizer, tokens, "input", casting, plan.observer)
+                ctx.save_for_backward(kept.values, kept.amax)
+                ctx.unit = kept.unit
         return y
 
     @staticmethod
@@ -217,8 +234,7 @@ class QuantizedProducts(torch.autograd.Function):
                 dx = reduce(dx, plan.group)
         if any(ctx.needs_input_grad[2:]):
             left = columnwise(quantizer, gradient, "grad_output", casting, plan.observer)
-            values, amax = ctx.saved_tensors
-            right = Operand(values, amax, ctx.unit)
+            right = _saved_input(ctx, plan)
             left, right = _gathered(left, plan, "row"), _gathered(right, plan, "column")
             dw = _weight_gradients(left, right, plan.splits, ctx.dtype)
         return dx, None, *dw

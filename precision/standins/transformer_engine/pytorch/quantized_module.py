@@ -27,9 +27,16 @@ class QuantizedModule(WeightedModule):
 
     module_type = "linear"
 
-    def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        name: str | None = None,
+        save_original_input: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.name = name
+        self.save_original_input = save_original_input
         self.quantized_with = "bf16"
         self.observer: Callable[[Any, str, Tensor, Tensor], None] | None = None
         self._quantizers: tuple[Recipe, Quantizers] | None = None
@@ -73,6 +80,7 @@ class QuantizedModule(WeightedModule):
             casting,
             observer,
             gradients,
+            self.save_original_input,
             splits,
             self.parallel_mode,
             self.sequence_parallel,
