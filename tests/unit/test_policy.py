@@ -4,7 +4,6 @@ Megatron models, whatever stage of the pipeline they are in."""
 import math
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from model.hybrid import build_model, transformer_config
 from model.validate import validate_recipe
 from parallel.device import meta_device
 from precision.apply import apply_policy, assert_applied, environment, transformer_fields
-from precision.factories import mxfp8_backward, nvfp4_backward
 from precision.policy import Policy
 from recipes.compose import choices, load_recipe
 from recipes.errors import ConfigError, PrecisionError
@@ -328,53 +326,6 @@ def test_a_format_the_library_cannot_do_is_refused_before_the_run(monkeypatch):
     switch = "precision.switch={to: bf16_forward, at_tokens: 1e12}"
     with pytest.raises(ConfigError, match="nvfp4_backward of decoder.* needs .*HybridQuantizer"):
         on_meta(tiny("precision=nvfp4", switch))
-
-
-def test_factories_leave_the_forward_copies_alone(monkeypatch):
-    """What each role's quantizer is made of; the transforms are those of NVFP4BlockScaling."""
-    import transformer_engine.common.recipe as recipes
-    import transformer_engine.pytorch as te
-
-    def record(name: str) -> Any:
-        return lambda **given: (name, given)
-
-    for name in ("NVFP4Quantizer", "MXFP8Quantizer", "HybridQuantizer", "IdentityQuantizer"):
-        monkeypatch.setattr(te, name, record(name), raising=False)
-    monkeypatch.setattr(te, "DType", SimpleNamespace(kFloat8E4M3="e4m3"), raising=False)
-
-    def kind(rht: bool, rounding: bool, two: bool) -> Any:
-        return SimpleNamespace(
-            random_hadamard_transform=rht, stochastic_rounding=rounding, fp4_2d_quantization=two
-        )
-
-    built_in = SimpleNamespace(
-        fp4_quant_fwd_inp=kind(True, False, False),
-        fp4_quant_fwd_weight=kind(False, False, True),
-        fp4_quant_bwd_grad=kind(True, True, False),
-    )
-    monkeypatch.setattr(recipes, "NVFP4BlockScaling", lambda: built_in)
-
-    def nvfp4(rht: bool, rounding: bool, two: bool) -> Any:
-        names = ("with_rht", "with_post_rht_amax", "with_2d_quantization", "stochastic_rounding")
-        values = (rht, rht, two, rounding)
-        return ("NVFP4Quantizer", dict(zip(names, values, strict=True)))
-
-    def behind(quantizer: Any) -> Any:
-        copies = {
-            "rowwise_quantizer": ("IdentityQuantizer", {}),
-            "columnwise_quantizer": quantizer,
-        }
-        return ("HybridQuantizer", copies)
-
-    def role(tensor: str) -> Any:
-        return SimpleNamespace(tensor_type=tensor)
-
-    assert nvfp4_backward(role("input")) == behind(nvfp4(True, False, False))
-    assert nvfp4_backward(role("weight")) == behind(nvfp4(False, False, True))
-    assert nvfp4_backward(role("grad_output")) == nvfp4(True, True, False)
-    mxfp8 = ("MXFP8Quantizer", {"fp8_dtype": "e4m3"})
-    assert mxfp8_backward(role("weight")) == behind(mxfp8)
-    assert mxfp8_backward(role("grad_output")) == mxfp8
 
 
 def test_applying_the_switch_to_modules_forwards_and_back():

@@ -1,0 +1,192 @@
+"""The policy on a real Megatron model that runs: what each module says it computed in, inside of
+Megatron's own contexts, in the decoder and in MTP, in training and in validation."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from model.gemms import policy_of
+from model.hybrid import build_model, transformer_config
+from precision.apply import apply_policy, assert_applied, environment, ran_in
+from precision.factories import mxfp8_backward, nvfp4_backward
+from recipes.compose import load_recipe
+from recipes.errors import PrecisionError
+from recipes.schema import Recipe
+from tests.unit.world import fresh_world
+
+SIZES = ("model.mamba_num_heads=32", "model.mamba_head_dim=8")
+LENGTH = 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with fresh_world(seed=1):
+        yield
+
+
+def tiny(*overrides: str) -> Recipe:
+    return load_recipe(["experiment=tiny", *SIZES, *overrides])
+
+
+def build(of: Recipe) -> Any:
+    return build_model(of, transformer_config(of.model, of.precision, of.parallel))
+
+
+def step(model: Any, training: bool = True) -> float:
+    """A forward pass and, in training, a backward pass; the loss."""
+    tokens = torch.randint(4096, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(LENGTH).expand_as(tokens)
+    model.train(training)
+    model.set_is_first_microbatch()
+    with torch.set_grad_enabled(training):
+        loss = model(tokens, positions, None, labels=tokens, loss_mask=torch.ones(1, LENGTH))
+    if training:
+        loss.sum().backward()
+    return float(loss.mean())
+
+
+def formats(model: Any) -> Counter[str]:
+    return Counter(ran_in(m) for m in model.modules() if hasattr(m, "finish_init"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        # 9 layers, of which the last two are protected: MEMEM*E, with 3 M, 3 E and 1 *.
+        ("nvfp4", {"nvfp4": 3 + 3 * 4, "mxfp8": 3, "bf16": 3 * 2 + 2 + 2 + 6 + 9}),
+        ("nvfp4_all", {"nvfp4": 43}),
+        ("mxfp8", {"mxfp8": 43}),
+        ("bf16", {"bf16": 43}),
+    ],
+)
+def test_modules_run_in_the_formats_of_the_policy(precision, expected):
+    of = tiny(f"precision={precision}")
+    model = build(of)
+    step(model)
+    assert formats(model) == expected
+    assert_applied([model], policy_of(of))
+
+
+def test_validation_runs_in_its_own_format():
+    of = tiny("precision=nvfp4", "precision.evaluation=bf16")
+    model = build(of)
+    plain = build(tiny("precision=bf16"))
+    plain.load_state_dict(model.state_dict())
+    assert step(model, training=False) == step(plain, training=False)
+    assert set(formats(model)) == {"bf16"}
+    step(model)
+    assert set(formats(model)) == {"nvfp4", "mxfp8", "bf16"}
+
+
+def test_a_policy_that_was_not_applied_is_noticed():
+    of = tiny("precision=nvfp4")
+    model = build(of)
+    apply_policy([model], policy_of(tiny("precision=bf16")))
+    step(model)
+    with pytest.raises(PrecisionError, match="ran in bf16 instead of nvfp4"):
+        assert_applied([model], policy_of(of))
+
+
+def test_the_switch_changes_what_the_next_step_computes():
+    """To BF16, and the numbers are those of a BF16 run."""
+    of = tiny("precision=nvfp4", "precision.switch={to: bf16, at_tokens: 1000}")
+    policy, model = policy_of(of), build(of)
+    step(model)
+    apply_policy([model], policy, 1000)
+    plain = build(tiny("precision=bf16"))
+    plain.load_state_dict(model.state_dict())
+    assert step(model) == step(plain)
+    assert_applied([model], policy, 1000)
+    with pytest.raises(PrecisionError):
+        assert_applied([model], policy, 999)
+
+
+def test_forward_pass_in_bf16_with_quantised_gradients():
+    """The loss is that of a BF16 run; the gradients are not."""
+    of = tiny("precision=nvfp4", "precision.switch={to: bf16_forward, at_tokens: 1000}")
+    policy, model = policy_of(of), build(of)
+    apply_policy([model], policy, 1000)
+    plain = build(tiny("precision=bf16"))
+    plain.load_state_dict(model.state_dict())
+    assert step(model) == step(plain)
+    assert_applied([model], policy, 1000)
+    assert set(formats(model)) == {"nvfp4_backward", "mxfp8_backward", "bf16"}
+    name = "decoder.layers.0.mixer.in_proj.weight"
+    assert not torch.equal(model.get_parameter(name).grad, plain.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_backward_formats_are_those_of_the_whole_format(name, monkeypatch):
+    """Of one layer: output as in BF16, both gradients as when everything is quantised."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import (
+        CustomRecipe,
+        MXFP8BlockScaling,
+        NVFP4BlockScaling,
+    )
+
+    monkeypatch.setenv("NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING", "1")
+    factory = {"nvfp4": nvfp4_backward, "mxfp8": mxfp8_backward}[name]
+    whole = {"nvfp4": NVFP4BlockScaling, "mxfp8": MXFP8BlockScaling}[name]()
+    torch.manual_seed(0)
+    layer = te.Linear(64, 96, bias=False, params_dtype=torch.bfloat16)
+    x, dy = torch.randn(128, 64).bfloat16(), torch.randn(128, 96).bfloat16()
+
+    def products(recipe: Any) -> list[torch.Tensor]:
+        layer.weight.grad = None
+        given = x.clone().requires_grad_()
+        with te.autocast(enabled=recipe is not None, recipe=recipe):
+            y = layer(given)
+        y.backward(dy)
+        return [y.detach(), given.grad, layer.weight.grad]
+
+    plain, quantised = products(None), products(whole)
+    y, dx, dw = products(CustomRecipe(qfactory=factory))
+    assert torch.equal(y, plain[0]) and not torch.equal(y, quantised[0])
+    assert torch.equal(dx, quantised[1]) and torch.equal(dw, quantised[2])
+
+
+@pytest.mark.parametrize(
+    ("precision", "same"),
+    [("nvfp4_no_rht", False), ("nvfp4_rtn", True), ("nvfp4", False)],
+)
+def test_switches_reach_the_quantisers(precision, same, monkeypatch):
+    """Through the environment: rounding to nearest draws nothing, so gradients repeat."""
+    of = tiny(f"precision={precision}")
+    for variable, value in environment(of.precision).items():
+        monkeypatch.setenv(variable, value)
+    model = build(of)
+    weight = model.get_parameter("decoder.layers.0.mixer.in_proj.weight")
+    gradients = []
+    for _ in range(2):
+        weight.grad = None
+        step(model)
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients) == same
+
+
+def test_the_transform_can_be_switched_off(monkeypatch):
+    """It changes the gradient of weights and nothing before; rounding to nearest draws nothing."""
+    model = build(tiny("precision=nvfp4_rtn"))
+    weight = model.get_parameter("decoder.layers.0.mixer.in_proj.weight")
+    losses, gradients = [], []
+    for off in ("false", "true"):
+        of = tiny("precision=nvfp4_rtn", f"precision.disable_rht={off}")
+        for variable, value in environment(of.precision).items():
+            monkeypatch.setenv(variable, value)
+        weight.grad = None
+        losses.append(step(model))
+        gradients.append(weight.grad)
+    assert losses[0] == losses[1]
+    assert not torch.equal(*gradients)
+
+
+def test_experts_are_padded_by_zeros_under_allgather():
+    """Where the router cannot pad; the tokens of an expert are no multiple of 16 by themselves."""
+    of = tiny("precision=nvfp4", "parallel.moe_token_dispatcher_type=allgather")
+    model = build(of)
+    step(model)
+    assert_applied([model], policy_of(of))
