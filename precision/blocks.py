@@ -134,6 +134,29 @@ def scaled(
     return out
 
 
+def rounded(x: Tensor, layout: Layout, form: ElementFormat, smallest: Tensor) -> Tensor:
+    """x rounded, to nearest even, to values of `form` times a power of two a block: what `scaled`
+    gives for powers of two in fewer passes. BF16 [rows, columns].
+
+    Args:
+        x: at most the largest value of `form` times its block's power, but for what rounds to it.
+        smallest: FP32, one a block, shaped as by `amax`: the smallest normal number of `form`
+            times the power.
+    """
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    source, target = layout.view(x), layout.view(out)
+    parts = spans(source)
+    longest = source[parts[0]].numel() if parts else 0
+    buffers = torch.empty(2, longest, device=x.device)
+    for part in parts:
+        shape = source[part].shape
+        y, scratch = buffers[:, : shape.numel()].unflatten(1, shape)
+        y.copy_(source[part])
+        round_(y, form, scratch, smallest=smallest[part])
+        target[part] = y
+    return out
+
+
 def per_row(values: Tensor, splits: Sequence[int] | None, layout: Layout) -> Tensor:
     """One number a segment of rows -> one a row of blocks, to broadcast against `amax`.
 

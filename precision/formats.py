@@ -49,7 +49,13 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by their 3-bit code; the fourth bit is the sign."""
 
 
-def round_(y: Tensor, form: ElementFormat, scratch: Tensor, noise: Tensor | None = None) -> None:
+def round_(
+    y: Tensor,
+    form: ElementFormat,
+    scratch: Tensor,
+    noise: Tensor | None = None,
+    smallest: Tensor | None = None,
+) -> None:
     """Round y in place to values of `form`, to nearest even or stochastically.
 
     Args:
@@ -59,9 +65,14 @@ def round_(y: Tensor, form: ElementFormat, scratch: Tensor, noise: Tensor | None
         noise: odd numbers from -32767 to 32767, FP32, of the shape of y: y is rounded to one of
             its two neighbours, with a probability that falls linearly with the distance. None:
             to nearest, ties to even.
+        smallest: y is rounded to values of `form` times powers of two, and this, broadcast
+            against y, is the smallest normal number times its power; None: the powers are 1.
     """
     torch.bitwise_and(y.view(torch.int32), _EXPONENT, out=scratch.view(torch.int32))
-    scratch.clamp_(min=2.0**form.min_exponent)
+    if smallest is None:
+        scratch.clamp_(min=2.0**form.min_exponent)
+    else:
+        torch.maximum(scratch, smallest, out=scratch)
     if noise is not None:
         # Less than half a step either way: a value of the format never moves, and no sum is a tie.
         y.addcmul_(noise, scratch, value=2.0 ** -(form.mantissa_bits + 16))

@@ -30,9 +30,9 @@ ROWWISE = Layout(1, BLOCK)
 COLUMNWISE = Layout(BLOCK, 1)
 SQUARE = Layout(BLOCK, BLOCK)
 
-_BF16_EXPONENTS = (17, 239)
+_PLAIN_EXPONENTS = (17, 224)
 """Biased exponents between which every element (2^-16 to 57344 in magnitude) times its scale is a
-normal, finite BF16 number. Kernels flush subnormals."""
+normal, finite BF16 number (kernels flush subnormals), and FP32 has room for how it is rounded."""
 
 
 def quantize(
@@ -52,12 +52,19 @@ def quantize(
         TypeError: its dtype.
     """
     blocks.check_splits(splits, BLOCK, "MXFP8")
-    biased, zero = _exponents(x, layout, form)
-    low, high = _BF16_EXPONENTS
-    held = ((biased >= low) & (biased <= high)) | zero
-    dtype = torch.bfloat16 if bool(held.all()) else torch.float32
-    stored = decode_e8m0(biased)
-    return Operand(blocks.scaled(x, layout, form, _reciprocal(biased), stored, dtype=dtype))
+    layout.check(x, "MXFP8")
+    largest = blocks.amax(x, layout)
+    ratio = largest * _reciprocal_of_largest(form, x.device)
+    # The next power of two of a normal number: its exponent, one more if there is a mantissa.
+    biased = (ratio.view(torch.int32) + 0x7FFFFF) >> 23
+    low, high = _PLAIN_EXPONENTS
+    plain = ((biased >= low) & (biased <= high)) | (largest == 0)
+    if bool(plain.all()):
+        smallest = (biased.clamp_(min=low) + form.min_exponent << 23).view(torch.float32)
+        return Operand(blocks.rounded(x, layout, form, smallest))
+    codes = encode_e8m0(ratio, "up")
+    multiplier, stored = _reciprocal(codes), decode_e8m0(codes)
+    return Operand(blocks.scaled(x, layout, form, multiplier, stored, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ class Packed:
 
 def pack(x: Tensor, layout: Layout, form: ElementFormat = E4M3) -> Packed:
     """Quantise a contiguous matrix for storage; arguments and errors as of `quantize`."""
-    biased, _ = _exponents(x, layout, form)
+    layout.check(x, "MXFP8")
+    ratio = blocks.amax(x, layout) * _reciprocal_of_largest(form, x.device)
+    biased = encode_e8m0(ratio, "up")
     q = blocks.scaled(x, layout, form, _reciprocal(biased), None)
     return Packed(encode(q, form), layout.compact(biased), layout, form)
 
@@ -93,12 +102,9 @@ def dequantize(packed: Packed) -> Tensor:
     return decode(packed.data, packed.form) * scale
 
 
-def _exponents(x: Tensor, layout: Layout, form: ElementFormat) -> tuple[Tensor, Tensor]:
-    """Biased exponents, uint8, and where the block is zero; shaped as by `blocks.amax`."""
-    layout.check(x, "MXFP8")
-    reciprocal = torch.tensor(1.0 / form.largest, dtype=torch.float32, device=x.device)
-    largest = blocks.amax(x, layout)
-    return encode_e8m0(largest * reciprocal, "up"), largest == 0
+def _reciprocal_of_largest(form: ElementFormat, device: torch.device) -> Tensor:
+    """Rounded to FP32 before it multiplies, as in Transformer Engine."""
+    return torch.tensor(1.0 / form.largest, dtype=torch.float32, device=device)
 
 
 def _reciprocal(biased: Tensor) -> Tensor:

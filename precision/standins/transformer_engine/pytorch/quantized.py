@@ -99,22 +99,40 @@ def columnwise(
     return made
 
 
-def quantize_weight(
+def quantize_weights(
     quantizer: Quantizer,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     both: bool,
     casting: Casting,
     observer: Observer | None,
-) -> QuantizedWeight:
-    """Quantize a weight, for the data gradient too if `both`."""
-    w = weight.detach().contiguous()
-    first = rowwise(quantizer, w, "weight", casting, observer)
-    second = None
-    if both:
-        second = first
-        if not quantizer.square:
-            second = columnwise(quantizer, w, "weight", casting, observer)
-    return QuantizedWeight(first, second, identity(weight))
+) -> list[QuantizedWeight]:
+    """Quantize weights of one shape, for the data gradient too if `both`.
+
+    They are stacked and cast together: a cast of a single expert's weight is too small to be
+    worth its calls. The observer sees the stack.
+    """
+    rows = [len(w) for w in weights]
+    if len(weights) == 1:
+        stacked = weights[0].detach().contiguous()
+    else:
+        stacked = torch.cat([w.detach() for w in weights])
+        casting = replace(casting, splits=rows)
+    first = rowwise(quantizer, stacked, "weight", casting, observer)
+    firsts = _split(first, rows)
+    seconds: Sequence[Operand | None] = [None] * len(weights)
+    if both and quantizer.square:
+        seconds = firsts
+    elif both:
+        seconds = _split(columnwise(quantizer, stacked, "weight", casting, observer), rows)
+    return [
+        QuantizedWeight(a, b, identity(w)) for a, b, w in zip(firsts, seconds, weights, strict=True)
+    ]
+
+
+def _split(operand: Operand, rows: Sequence[int]) -> list[Operand]:
+    """An operand of stacked tensors -> one a tensor."""
+    values = operand.values.split(list(rows))
+    return [replace(_segment(operand, i), values=part) for i, part in enumerate(values)]
 
 
 def identity(weight: Tensor) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.recipe import Recipe
 from .module import WeightedModule
 from .quantization import FP8GlobalStateManager, Quantizers, make_quantizers, recipe_name
-from .quantized import Observer, Plan, QuantizedWeight, identity, quantize_weight
+from .quantized import Observer, Plan, QuantizedWeight, identity, quantize_weights
 from .quantized_tensor import Casting
 
 
@@ -40,7 +40,7 @@ class QuantizedModule(WeightedModule):
         self.quantized_with = "bf16"
         self.observer: Callable[[Any, str, Tensor, Tensor], None] | None = None
         self._quantizers: tuple[Recipe, Quantizers] | None = None
-        self._quantized_weights: dict[str, QuantizedWeight] = {}
+        self._quantized_weights: list[QuantizedWeight] = []
 
     def plan(
         self,
@@ -63,7 +63,7 @@ class QuantizedModule(WeightedModule):
         if self._quantizers is None or self._quantizers[0] != recipe:
             quantizers = make_quantizers(recipe, self.module_type, self.name or "")
             self._quantizers = recipe, quantizers
-            self._quantized_weights = {}
+            self._quantized_weights = []
         self.fp8, self.quantized_with = True, recipe_name(recipe)
         self.fp8_meta["recipe"] = recipe
         quantizers = self._quantizers[1]
@@ -71,9 +71,7 @@ class QuantizedModule(WeightedModule):
         casting = Casting(FP8GlobalStateManager.stochastic_rounding_generator(x.device))
         gradients = torch.is_grad_enabled()
         both = quantizers.weight.square or (gradients and x.requires_grad)
-        weights = [
-            self._weight(name, both, is_first_microbatch, casting, observer) for name in names
-        ]
+        weights = self._weights(names, both, is_first_microbatch, casting, observer)
         return Plan(
             quantizers,
             weights,
@@ -87,22 +85,24 @@ class QuantizedModule(WeightedModule):
             self.tp_group if self.tp_size > 1 else None,
         )
 
-    def _weight(
+    def _weights(
         self,
-        name: str,
+        names: Sequence[str],
         both: bool,
         is_first_microbatch: bool | None,
         casting: Casting,
         observer: Observer | None,
-    ) -> QuantizedWeight:
-        weight = getattr(self, name)
-        kept = self._quantized_weights.get(name)
-        if is_first_microbatch is False and kept is not None:
-            complete = kept.columnwise is not None or not both
-            if complete and kept.source == identity(weight):
-                return kept
+    ) -> list[QuantizedWeight]:
+        weights = [getattr(self, name) for name in names]
+        kept = self._quantized_weights
+        current = len(kept) == len(weights) and all(
+            k.source == identity(w) and (k.columnwise is not None or not both)
+            for k, w in zip(kept, weights, strict=True)
+        )
+        if is_first_microbatch is False and current:
+            return kept
         assert self._quantizers is not None
-        made = quantize_weight(self._quantizers[1].weight, weight, both, casting, observer)
+        made = quantize_weights(self._quantizers[1].weight, weights, both, casting, observer)
         if is_first_microbatch is not None:
-            self._quantized_weights[name] = made
+            self._quantized_weights = made
         return made
