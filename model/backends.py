@@ -106,7 +106,7 @@ def install_backends(device: str = "auto") -> Backends:
 def _te_runs(kind: str) -> str:
     if kind == "real":
         return "linear layers, experts, attention, norms on the library's kernels"
-    return "linear layers, experts, attention (SDPA), norms in PyTorch; BF16 and FP32 only"
+    return "linear layers, experts, attention (SDPA), norms in PyTorch; NVFP4 and MXFP8 emulated"
 
 
 def _mamba_runs(kind: str) -> str:

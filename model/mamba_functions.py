@@ -120,7 +120,7 @@ def _scan_inputs(
         C_blgn.to(x_blhp.dtype),
         None if D_h is None else D_h.to(dtype),
         seq_idx_bl,
-        chunk_length(B_blgn.shape[-1]),
+        chunk_length(B_blgn.shape[-1], x_blhp.shape[-1]),
     )
 
 

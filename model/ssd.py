@@ -21,6 +21,7 @@ does not depend on. Sums, decays and the carried state are float32 (float64 for 
 matrix products run in x's dtype.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,9 +67,10 @@ class ScanGrads(NamedTuple):
     initial_bhpn: Tensor
 
 
-def chunk_length(state_dim: int) -> int:
-    """Fastest chunk, measured: longer ones cost more in M, shorter ones in states."""
-    return 64 if state_dim >= 64 else 32
+def chunk_length(state_dim: int, head_dim: int) -> int:
+    """Fastest chunk, measured: M costs its length, states n p / length, so the power of two below
+    sqrt(n p), where both are about equal."""
+    return max(16, 1 << (math.isqrt(state_dim * head_dim).bit_length() - 1))
 
 
 def scan_forward(

@@ -81,32 +81,44 @@ def apply_policy(chunks: Sequence["nn.Module"], policy: Policy, consumed_tokens:
             model.get_submodule(local).finish_init(get_quant_config_or_none(local, recipe))
 
 
-def assert_applied(
+def applied_formats(
     chunks: Sequence["nn.Module"], policy: Policy, consumed_tokens: float = 0
-) -> None:
-    """Check what the modules ran in, after a training step and before anything else runs.
+) -> dict[str, tuple[str, str]]:
+    """What the modules ran in, after a training step and before anything else runs.
 
     Args:
         consumed_tokens: tokens consumed when that step started.
 
+    Returns:
+        Global name of each module of these chunks -> (format of the policy, format it ran in).
+    """
+    formats = {d.gemm.name: d.format for d in policy.at(consumed_tokens)}
+    return {
+        name: (formats[name] if is_quantized(formats[name]) else "bf16", ran_in(module))
+        for name, module in linear_modules(chunks).items()
+    }
+
+
+def check_applied(formats: Mapping[str, tuple[str, str]]) -> None:
+    """Check what `applied_formats` found.
+
     Raises:
         PrecisionError: modules that ran in another format than the policy's.
     """
-    from megatron.core.utils import unwrap_model
-
-    formats = {d.gemm.name: d.format for d in policy.at(consumed_tokens)}
-    wrong = []
-    for model in unwrap_model(list(chunks)):
-        for local, name in _global_names(model).items():
-            found, wanted = ran_in(model.get_submodule(local)), formats[name]
-            if found != (wanted if is_quantized(wanted) else "bf16"):
-                wrong.append(f"{name} ran in {found} instead of {wanted}")
+    wrong = [f"{n} ran in {ran} instead of {w}" for n, (w, ran) in formats.items() if ran != w]
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise PrecisionError(
             f"the precision policy was not followed: {'; '.join(wrong[:SHOWN])}{more}; "
             "use a Transformer Engine that has the format, or another precision"
         )
+
+
+def assert_applied(
+    chunks: Sequence["nn.Module"], policy: Policy, consumed_tokens: float = 0
+) -> None:
+    """`check_applied` for the modules of one rank; arguments as of `applied_formats`."""
+    check_applied(applied_formats(chunks, policy, consumed_tokens))
 
 
 def ran_in(module: "nn.Module") -> str:
@@ -131,6 +143,17 @@ def _formats(precision: PrecisionConfig) -> Iterator[str]:
     for rules in (precision.rules, precision.extra_rules, precision.switch.rules):
         yield from (rule.format for rule in rules)
     yield from filter(None, (precision.switch.to, precision.evaluation))
+
+
+def linear_modules(chunks: Sequence["nn.Module"]) -> dict[str, "nn.Module"]:
+    """The modules of these chunks that can be quantised, by their global names."""
+    from megatron.core.utils import unwrap_model
+
+    return {
+        name: model.get_submodule(local)
+        for model in unwrap_model(list(chunks))
+        for local, name in _global_names(model).items()
+    }
 
 
 def _global_names(model: "nn.Module") -> dict[str, str]:

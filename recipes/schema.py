@@ -368,6 +368,23 @@ class LoggingConfig:
     """Project of the wandb run."""
     log_params_hash: bool = False
     """Write a hash of all parameters into each metrics line (slow; for comparisons)."""
+    precision_interval: int | None = None
+    """Every so many steps, write what quantisation does to each tensor to precision.jsonl: values
+    flushed to zero, cut off, relative error. Costs about one more step each time; null: never."""
+
+
+@dataclass
+class CompareConfig:
+    """What `python -m train.compare` compares. A single run ignores it."""
+
+    precisions: list[str] = field(default_factory=list)
+    """Recipes of the group `precision` to train and compare; the first is the baseline."""
+    seeds: int = 1
+    """Train each of them with so many seeds: run.seed, run.seed + 1, ..."""
+    runs: list[str] = field(default_factory=list)
+    """Instead: directories of finished runs; the first is the baseline. Nothing is trained."""
+    budget: float = 0.01
+    """Relative loss gap an arm may have in the last quarter of the run; 0.01 is 1 %."""
 
 
 @dataclass
@@ -404,6 +421,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     run: RunConfig = field(default_factory=RunConfig)
     device: str = "auto"
     """auto (CUDA if there is a GPU), cuda or host."""

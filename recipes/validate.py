@@ -8,6 +8,7 @@ The rules of the model are in model/validate.py, those of the layout in parallel
 from recipes.rules import above, at_least, fail, multiple, one_of, show, within
 from recipes.schema import (
     CheckpointConfig,
+    CompareConfig,
     DataConfig,
     GuardConfig,
     LoggingConfig,
@@ -38,6 +39,7 @@ def validate_run(recipe: Recipe) -> None:
     _checkpoint(recipe.checkpoint)
     _guard(recipe.guard, recipe.checkpoint)
     _logging(recipe.logging)
+    _compare(recipe.compare)
     _data(recipe.data)
 
 
@@ -205,6 +207,30 @@ def _guard(guard: GuardConfig, checkpoint: CheckpointConfig) -> None:
 
 def _logging(logging: LoggingConfig) -> None:
     one_of("logging.wandb", logging.wandb, ("disabled", "offline", "online"))
+    at_least("logging.precision_interval", logging.precision_interval, 1, "never")
+
+
+def _compare(compare: CompareConfig) -> None:
+    """What a comparison compares; that it compares anything is asked by train.compare."""
+    at_least("compare.seeds", compare.seeds, 1)
+    above("compare.budget", compare.budget, 0)
+    for name in ("precisions", "runs"):
+        values: list[str] = getattr(compare, name)
+        key = f"compare.{name}"
+        if len(values) == 1:
+            fail(key, values, "leaves nothing to compare", "name two or more, the baseline first")
+        if len(set(values)) < len(values):
+            remedy = (
+                "name each once" if name == "runs" else "name each once, or raise compare.seeds"
+            )
+            fail(key, values, "names the same twice", remedy)
+    if compare.precisions and compare.runs:
+        fail(
+            "compare.precisions",
+            compare.precisions,
+            f"and compare.runs={show(compare.runs)} both say what to compare",
+            "give one of them: precisions to train, or runs that are finished",
+        )
 
 
 def _data(data: DataConfig) -> None:

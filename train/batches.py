@@ -64,6 +64,11 @@ class Batches:
         """Whether there is a held-out blend."""
         return self._validation is not None
 
+    @property
+    def num_train_samples(self) -> int:
+        """Samples of the whole run."""
+        return self._steps * self._sizes[0]
+
     def train_from(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         """Micro-batches of the steps that follow `consumed_samples`, on the model's device."""
         return self._iterate(self._train, consumed_samples)

@@ -3,8 +3,11 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from model.hybrid import build_model, transformer_config
 from model.pattern import parse_pattern
+from precision.backend import seed_rounding
 from recipes.schema import Recipe
 from train.checkpoint import TrainState
 from train.optimizer import build_optimizer, build_schedule
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 def build_state(recipe: Recipe, layout: "Layout") -> tuple[TrainState, Routers]:
     """Everything a checkpoint holds, freshly initialised, and the model's routers."""
+    # Stochastic rounding draws other numbers on every rank.
+    seed_rounding((recipe.run.seed << 20) + dist.get_rank())
     config = transformer_config(recipe.model, recipe.precision, recipe.parallel)
     chunks = [_wrap(recipe, config, chunk) for chunk in _build_chunks(recipe, config)]
     optimizer = build_optimizer(chunks, recipe.optimizer, recipe.precision, recipe.parallel)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from data.files import sync
 from data.ranks import on_first_rank
+from precision.backend import rounding_state, set_rounding_state
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
 from train.guards import write_atomically
@@ -211,7 +212,7 @@ class Checkpointer:
         else:
             self.say(
                 f"layout changed from {meta['layout']} to {state.layout}: random states start "
-                "anew (they matter only with dropout)"
+                "anew (they matter only with dropout and stochastic rounding)"
             )
 
     def _finish(self, path: Path, meta: dict[str, Any]) -> None:
@@ -335,6 +336,7 @@ def _get_rng_state() -> dict[str, Any]:
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
+        "rounding": rounding_state(),
     }
 
 
@@ -344,6 +346,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+    set_rounding_state(state.get("rounding"))  # checkpoints of before have none
 
 
 def _some(names: set[str]) -> str:

@@ -37,7 +37,9 @@ def run(recipe: Recipe) -> int:
         return start_ranks(layout.world_size, Path(recipe.run.dir))
 
     from model.backends import install_backends
+    from precision.apply import environment
 
+    os.environ.update(environment(recipe.precision))
     with _library_messages() as messages:
         backends = install_backends(recipe.device)
         validate_recipe(recipe, layout.world_size, backends.device)
@@ -82,6 +84,7 @@ def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest)
     from train import plots
     from train.build import build_state
     from train.checkpoint import Checkpointer
+    from train.identity import write_identity
     from train.metrics import Reporter
     from train.optimizer import train_steps
     from train.trainer import Trainer
@@ -93,6 +96,8 @@ def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest)
         folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append
     )
     resumed = checkpointer.load(state)
+    if not resumed:
+        write_identity(recipe, data, state.chunks)
     reporter = Reporter(
         folder,
         recipe.logging,

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "checkpoint",
     "logging",
     "guard",
+    "compare",
     "run.dir",
     "device",
     "traceback",
@@ -58,7 +59,9 @@ def check(recipe: Recipe) -> list[str]:
                 f"run.dir={folder} holds metrics of a run without its config.json; "
                 "choose another run.dir"
             )
-        old, new = flat(json.loads(config.read_text())), flat(asdict(recipe))
+        # A key that is younger than the run had its default effect in it.
+        old = flat(asdict(Recipe())) | flat(json.loads(config.read_text()))
+    new = flat(asdict(recipe))
     different = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
     lines = {k: f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(different)}
     fixed = [line for key, line in lines.items() if not _may_change(key)]
@@ -123,7 +126,8 @@ def _trained(folder: Path) -> bool:
 
 
 def _may_change(key: str) -> bool:
-    return any(key == k or key.startswith(k + ".") for k in MAY_CHANGE)
+    explains = key.startswith("precision.") and key.endswith(".why")
+    return explains or any(key == k or key.startswith(k + ".") for k in MAY_CHANGE)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

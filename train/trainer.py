@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from model.gemms import policy_of
 from model.pattern import parse_pattern
 from recipes.schema import Recipe
 from train.checkpoint import Checkpointer, TrainState
@@ -23,8 +24,10 @@ from train.guards import (
     StopRequest,
 )
 from train.metrics import Reporter
+from train.numerics import Numerics
 from train.optimizer import tokens_per_step, train_steps
 from train.step import Routers, StepResult, forward_step, reduce_losses
+from train.telemetry import Telemetry
 
 
 class Trainer:
@@ -61,6 +64,8 @@ class Trainer:
         self.flops_per_token = flops_per_token
         self.stop = stop or StopRequest()
         self.bad_steps = BadSteps(Path(recipe.run.dir), state.progress.step)
+        self.numerics = Numerics(policy_of(recipe), state.chunks, Path(recipe.run.dir))
+        self.telemetry = Telemetry(recipe, state.chunks, state.progress.step)
         self.last_step = train_steps(recipe.stage)
         self.mtp_depths = parse_pattern(recipe.model.hybrid_layer_pattern).mtp_depths
         dp = state.layout["dp"]
@@ -133,7 +138,11 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        reports = self._run(self._batches, self.num_microbatches, forward_only=False)
+        step, tokens = state.progress.step + 1, state.progress.consumed_tokens
+        self.numerics.before_step(tokens)
+        with self.telemetry.watching(step, tokens + tokens_per_step(self.recipe.stage)):
+            reports = self._run(self._batches, self.num_microbatches, forward_only=False)
+        self.numerics.after_step(step, tokens)
         result = reduce_losses(reports, self.routers, self.mtp_depths, self.num_microbatches)
         result.learning_rate = learning_rate
         # Asked before the update, which would write NaN into every weight.
@@ -228,6 +237,7 @@ class Trainer:
         loaded = self.checkpointer.load(self.state)
         assert loaded, "a rollback without a checkpoint is a stop"
         self.reporter.rewind(self.state.progress.step)
+        self.telemetry.rewind(self.state.progress.step)
         self._batches = None
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Whose a run directory is."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def test_a_mistake_made_before_the_first_step_can_be_mended(tmp_path: Path) -> N
     assert prepared(tmp_path, "optimizer.lr=2", "stage.train_steps=7") == [
         "stage.train_steps: 300 -> 7"
     ]
+
+
+def test_a_key_younger_than_the_run_had_its_default(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["precision"]["disable_rht"], config["precision"]["rules"], config["compare"]
+    path.write_text(json.dumps(config))
+    assert prepared(tmp_path) == ["precision.rules.0.why:  -> nothing is quantised"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"\(precision.disable_rht: False -> True\)"):
+        prepared(tmp_path, "precision.disable_rht=true")
 
 
 def test_metrics_of_nobody(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     (["model.moe_latent_size=0"], ["moe_latent_size=0", "or null (experts at full width)"]),
     (["model.mamba_d_conv=5"], ["model.mamba_d_conv=5", "use 2, 3 or 4"]),
     (["model.num_query_groups=3"], ["num_query_groups=3", "heads=4", "use 1, 2 or 4"]),
-    (["model.mamba_num_groups=3"], ["mamba_num_groups=3", "heads=8", "use 1, 2, 4 or 8"]),
+    (["model.mamba_num_groups=3"], ["mamba_num_groups=3", "heads=32", "use 1, 2, 4, 8, 16 or 32"]),
     (["model.num_moe_experts=null"], ["num_moe_experts=null", "MoE layers (E)", "give it"]),
     (["model.moe_ffn_hidden_size=null"], ["moe_ffn_hidden_size=null", "give it a size"]),
     (["model.hybrid_layer_pattern=M-"], ["ffn_hidden_size=null", "MLP layers (-)"]),
@@ -111,7 +111,7 @@ BROKEN: list[tuple[list[str], list[str]]] = [
         [f"{TP}=2", "parallel.sequence_parallel=false"],
         ["sequence_parallel=false", "MoE layers", "use true or null"],
     ),
-    ([f"{CP}=3"], [f"{CP}=3", "mamba_num_heads", "=8", "use 1, 2, 4 or 8"]),
+    ([f"{CP}=3"], [f"{CP}=3", "mamba_num_heads", "=32", "use 1, 2, 4, 8, 16 or 32"]),
     (
         [f"{CP}=3", "model.mamba_num_heads=12"],
         [f"{CP}=3", "mamba_num_groups", "=2", "use 1, 2, 4, 6 or 12"],
