@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,11 +53,13 @@ class Backends:
         )
 
 
-def install_backends(device: str = "auto") -> Backends:
+def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Backends:
     """Choose the device and make every library Megatron-Core needs importable.
 
     Args:
         device: auto, cuda or host, as in the recipe.
+        formats: number formats the run needs (nvfp4, mxfp8). On a GPU without one of them its
+            emulation takes the place of an installed Transformer Engine, which would refuse.
 
     Raises:
         ConfigError: unknown device, no GPU where one was asked for, or PyPI's `apex` (an
@@ -70,7 +73,7 @@ def install_backends(device: str = "auto") -> Backends:
     from parallel import cuda_runtime, solo
     from parallel.device import choose_device
     from parallel.host_memory import keep_freed_memory
-    from precision.backend import install_transformer_engine
+    from precision.backend import install_transformer_engine, needs_emulation
 
     chosen = choose_device(device)
     _refuse_foreign_apex()
@@ -81,7 +84,8 @@ def install_backends(device: str = "auto") -> Backends:
         solo.install()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    te_kind, te_version = install_transformer_engine()
+    emulated = [] if host else needs_emulation(formats, torch.cuda.get_device_capability())
+    te_kind, te_version = install_transformer_engine(emulate=bool(emulated))
     mamba_kind, mamba_version = install_mamba_ssm()
     if host:
         _adapt_megatron_to_host()
@@ -96,17 +100,20 @@ def install_backends(device: str = "auto") -> Backends:
             "the CPU, in program order" if host else torch.cuda.get_device_name(),
         ),
         Backend("collectives", "real", torch.__version__, "gloo" if host else "nccl"),
-        Backend("transformer_engine", te_kind, te_version, _te_runs(te_kind)),
+        Backend("transformer_engine", te_kind, te_version, _te_runs(te_kind, emulated)),
         Backend("mamba_ssm", mamba_kind, mamba_version, _mamba_runs(mamba_kind)),
         _apex(),
     )
     return Backends(chosen, table)
 
 
-def _te_runs(kind: str) -> str:
+def _te_runs(kind: str, emulated: Collection[str]) -> str:
     if kind == "real":
         return "linear layers, experts, attention, norms on the library's kernels"
-    return "linear layers, experts, attention (SDPA), norms in PyTorch; NVFP4 and MXFP8 emulated"
+    why = f" (this GPU has no {' and no '.join(emulated)})" if emulated else ""
+    return (
+        "linear layers, experts, attention (SDPA), norms in PyTorch; NVFP4 and MXFP8 emulated" + why
+    )
 
 
 def _mamba_runs(kind: str) -> str:

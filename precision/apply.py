@@ -29,7 +29,7 @@ def transformer_fields(
     ask for it: the padding of experts' tokens, recomputation, and the reuse of quantised weights
     between micro batches. fp4 pads to 128 rows, which MXFP8 accepts too.
     """
-    names = {block_format(name) for name in _formats(precision)}
+    names = block_formats(precision)
     if "nvfp4" in names:
         fields: dict[str, Any] = {"fp4": "e2m1", "fp4_recipe": "nvfp4"}
     elif "mxfp8" in names:
@@ -136,6 +136,11 @@ def ran_in(module: "nn.Module") -> str:
     if recipe.custom():
         return str(recipe.qfactory.__name__)
     return next((f for f in ("nvfp4", "mxfp8") if getattr(recipe, f)()), type(recipe).__name__)
+
+
+def block_formats(precision: PrecisionConfig) -> set[str]:
+    """nvfp4 and mxfp8, if the recipe names them (and bf16)."""
+    return {block_format(name) for name in _formats(precision)}
 
 
 def _formats(precision: PrecisionConfig) -> Iterator[str]:

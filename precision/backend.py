@@ -4,19 +4,37 @@ missing."""
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 STANDINS = str(Path(__file__).with_name("standins"))
 
 
-def install_transformer_engine() -> tuple[str, str]:
-    """Register the stand-in if the real Transformer Engine is not installed.
+NATIVE = {"nvfp4": (10, 0), "mxfp8": (10, 0)}
+"""Format -> first compute capability whose tensor cores have it (Blackwell)."""
+
+
+def needs_emulation(formats: Iterable[str], capability: tuple[int, int]) -> list[str]:
+    """The formats that a GPU of this compute capability does not have, on which Transformer
+    Engine would refuse them."""
+    return sorted(f for f in set(formats) if capability < NATIVE.get(f, (0, 0)))
+
+
+def install_transformer_engine(emulate: bool = False) -> tuple[str, str]:
+    """Register the stand-in if the real Transformer Engine is not installed, or shall not be used.
+
+    Args:
+        emulate: take the stand-in although the library is there: its GPU lacks a format.
 
     Returns:
         ("real" | "stand-in", version), for the start-up table.
     """
-    if importlib.util.find_spec("transformer_engine") is None:
+    missing = importlib.util.find_spec("transformer_engine") is None
+    if emulate and not missing and "transformer_engine" not in sys.modules:
+        sys.path.insert(0, STANDINS)
+        importlib.invalidate_caches()
+    elif missing:
         sys.path.append(STANDINS)  # at the end: an installed library always comes first
         importlib.invalidate_caches()
     module = importlib.import_module("transformer_engine")

@@ -37,11 +37,11 @@ def run(recipe: Recipe) -> int:
         return start_ranks(layout.world_size, Path(recipe.run.dir))
 
     from model.backends import install_backends
-    from precision.apply import environment
+    from precision.apply import block_formats, environment
 
     os.environ.update(environment(recipe.precision))
     with _library_messages() as messages:
-        backends = install_backends(recipe.device)
+        backends = install_backends(recipe.device, block_formats(recipe.precision))
         validate_recipe(recipe, layout.world_size, backends.device)
         with joined_world(recipe, backends, launch, layout.virtual_stages):
             return train(recipe, layout, backends, messages)

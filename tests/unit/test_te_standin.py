@@ -27,6 +27,8 @@ from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy  # n
 from transformer_engine.pytorch.distributed import CudaRNGStatesTracker, checkpoint  # noqa: E402
 from transformer_engine.pytorch.norm import rms_norm  # noqa: E402
 
+from precision.backend import needs_emulation  # noqa: E402
+
 EPS = 1e-5
 
 
@@ -362,16 +364,28 @@ def test_looks_like_an_installed_package() -> None:
     assert tuple(map(int, transformer_engine.__version__.split(".")[:2])) >= (2, 14)
 
 
-def test_an_installed_library_comes_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "result"), [("install()", "real"), ("install(emulate=True)", "stand-in")]
+)
+def test_an_installed_library_comes_first_unless_its_gpu_lacks_a_format(
+    call: str, result: str, tmp_path: Path
+) -> None:
     real = tmp_path / "transformer_engine"
     real.mkdir()
     (real / "__init__.py").write_text("__version__ = '9.9'\n")
     code = (
         "import sys; sys.path.append(sys.argv[1]);"
         "from precision.backend import install_transformer_engine as install;"
-        "assert install() == install() == ('real', '9.9'), install();"
-        "assert not any('standins' in p for p in sys.path)"
+        f"assert {call}[0] == {call}[0] == {result!r};"
+        f"assert any('standins' in p for p in sys.path) == ({result!r} == 'stand-in')"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2]
     )
+
+
+def test_which_gpus_have_which_formats() -> None:
+    hopper, blackwell = (9, 0), (10, 0)
+    assert needs_emulation({"nvfp4", "mxfp8", "bf16"}, hopper) == ["mxfp8", "nvfp4"]
+    assert needs_emulation({"bf16"}, hopper) == []
+    assert needs_emulation({"nvfp4", "mxfp8"}, blackwell) == []
