@@ -64,13 +64,13 @@ def test_super_as_its_report_counts():
 
 
 def test_layers_by_hand():
-    """tiny: d 128, inner 256, state 32, 2 groups, 8 heads, 16 experts, top 4, latent 64."""
+    """tiny: d 128, inner 256, state 32, 2 groups, 32 heads, 16 experts, top 4, latent 64."""
     found = count("experiment=tiny", *ALL_KINDS)
     mamba, moe, attention, mlp = found.layers
     convolved = 256 + 2 * 2 * 32
     assert mamba.parameters == (
-        128 + 128 * (256 + convolved + 8)  # norm, in_proj: z, (x B C), dt
-        + 5 * convolved + 3 * 8  # convolution and its bias; A_log, D, dt_bias
+        128 + 128 * (256 + convolved + 32)  # norm, in_proj: z, (x B C), dt
+        + 5 * convolved + 3 * 32  # convolution and its bias; A_log, D, dt_bias
         + 256 + 256 * 128  # gated norm, out_proj
     )  # fmt: skip
     expert = 2 * 64 * 128

@@ -56,7 +56,7 @@ def test_module_shares_add_up(capsys):
     table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
     assert table[0].split() == ["module", "parameters", "share", "MFLOP/token", "share"]
     rows = [line.split() for line in table[1:]]
-    assert sum(int(row[1].replace(",", "")) for row in rows) == 3_383_856
+    assert sum(int(row[1].replace(",", "")) for row in rows) == 3_396_432
     assert sum(float(row[4].rstrip("%")) for row in rows) == pytest.approx(100, abs=1)
 
 
@@ -80,7 +80,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_command():
     done = command("experiment=tiny", "device=host")
     assert done.returncode == 0, done.stderr
-    assert totals(done.stdout)["parameters of a checkpoint"] == "3,383,856"
+    assert totals(done.stdout)["parameters of a checkpoint"] == "3,396,432"
 
 
 def test_command_explains_a_mistake_before_building():

@@ -173,7 +173,7 @@ def test_causality(tiny, changed):
     other[:, changed] = (other[:, changed] + 1) % 4096
     before, after = logits(tiny, tokens), logits(tiny, other)
     # Experts see other groups of tokens, so that sums may differ in the last bit.
-    torch.testing.assert_close(before[:, :changed], after[:, :changed], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(before[:, :changed], after[:, :changed], rtol=1e-5, atol=3e-6)
     assert not torch.allclose(before[:, changed], after[:, changed])
     assert not torch.allclose(before[:, -1], after[:, -1])
 
@@ -252,6 +252,6 @@ def test_initial_state_space_parameters():
     mixer = build(recipe()).decoder.layers[0].mixer
     a = mixer.A_log.exp()
     assert a.min() >= 1 and a.max() <= 16
-    assert torch.equal(mixer.D, torch.ones(8))
+    assert torch.equal(mixer.D, torch.ones(32))
     step = torch.nn.functional.softplus(mixer.dt_bias.double())
     assert step.min() >= 1e-4 and step.max() <= 0.1 + 1e-6
