@@ -1,4 +1,5 @@
-"""`make demo`: train the tiny model on real text, stop it, resume it, show what it learned.
+"""`make demo`: train the tiny model on real text, stop it, resume it, show what it learned; train
+it again in NVFP4 and compare.
 
 Runs the commands a user would type, each in a process of its own.
 """
@@ -14,13 +15,14 @@ from pathlib import Path
 from recipes.compose import run_cli
 from recipes.errors import StrataError
 from recipes.schema import Recipe
+from train.compare import EXIT_FAILED
 from train.guards import EXIT_COMPLETE, EXIT_STOPPED
 from train.metrics import MetricsFile
 from train.optimizer import train_steps
 
 
 def main(recipe: Recipe) -> int:
-    """Prepare, train half, stop by a signal, resume, report."""
+    """Prepare, train half, stop by a signal, resume, report; then NVFP4 against BF16."""
     arguments = sys.argv[1:]
     folder, steps = Path(recipe.run.dir), train_steps(recipe.stage)
     metrics = MetricsFile(folder / "metrics.jsonl")
@@ -37,7 +39,24 @@ def main(recipe: Recipe) -> int:
         print(">>> it saved its state; the same command goes on from there", flush=True)
     _start("train", arguments, expect=EXIT_COMPLETE)
     print(report(recipe, metrics, time.monotonic() - started), flush=True)
+    _compare_precisions(recipe, arguments)
     return 0
+
+
+def _compare_precisions(recipe: Recipe, arguments: list[str]) -> None:
+    """The same run in NVFP4, and the report on the two; its verdict is the user's to read."""
+    bf16, nvfp4 = recipe.run.dir, f"{recipe.run.dir}-nvfp4"
+    same = [a for a in arguments if not a.startswith(("run.dir=", "precision="))]
+    telemetry = f"logging.precision_interval={max(1, train_steps(recipe.stage) // 4)}"
+    _start(
+        "train",
+        [*same, "precision=nvfp4", f"run.dir={nvfp4}", telemetry],
+        expect=EXIT_COMPLETE,
+    )
+    folders = [f"compare.runs=[{bf16},{nvfp4}]", f"run.dir={bf16}-compared"]
+    code = _announce("train.compare", folders).wait()
+    if code not in (EXIT_COMPLETE, EXIT_FAILED):
+        _check("train.compare", code, EXIT_COMPLETE)
 
 
 def report(recipe: Recipe, metrics: MetricsFile, seconds: float) -> str:

@@ -1,12 +1,14 @@
 """Training speed as ratios within one run on one machine.
 
-    python -m tests.benchmarks.train [hugging_face] [bare] [startup]
+    python -m tests.benchmarks.train [hugging_face] [bare] [startup] [precision]
 
 - `hugging_face`: tokens/s of `python -m train` against transformers' NemotronH of the same
   shape in a plain PyTorch loop (tests/benchmarks/hf_loop.py), BF16, MTP off on both sides,
   alternating in processes of their own.
 - `bare`: the trainer's step against the barest loop over Megatron's schedule and optimizer on
   the same model, alternating in one process.
+- `precision`: step time of the small model in emulated NVFP4 and MXFP8 against BF16, alternating
+  in processes of their own.
 - `startup`: seconds from the command to the first reported step, tiny model.
 
 Prints one JSON object a line. Needs the prepared data of `python -m data.prepare
@@ -39,7 +41,18 @@ def hugging_face() -> None:
         _print("hugging_face", name, ratios, "tokens/s ours, theirs", pairs)
 
 
-def _ours(name: str) -> float:
+def precision() -> None:
+    """What emulated block formats cost, as ratios of step times."""
+    speeds: dict[str, list[float]] = {"bf16": [], "nvfp4": [], "mxfp8": []}
+    for _ in range(ROUNDS):
+        for name, found in speeds.items():
+            found.append(_ours("small", f"precision={name}"))
+    for name in ("nvfp4", "mxfp8"):
+        pairs = list(zip(speeds["bf16"], speeds[name], strict=True))
+        _print("precision", name, [a / b for a, b in pairs], "tokens/s bf16, this", pairs)
+
+
+def _ours(name: str, *overrides: str) -> float:
     pattern, sequence, batch, steps = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
         _train(
@@ -53,6 +66,7 @@ def _ours(name: str) -> float:
             "stage.eval_interval=null",
             "stage.eval_steps=1",
             "checkpoint.save_interval=null",
+            *overrides,
         )
         lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
     speeds = [json.loads(line)["tokens_per_second"] for line in lines]
@@ -168,6 +182,6 @@ def _print(benchmark: str, model: str, ratios: list[float], what: str, values: A
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-    chosen = sys.argv[1:] or ["hugging_face", "bare", "startup"]
-    for entry in chosen:
-        {"hugging_face": hugging_face, "bare": bare, "startup": startup}[entry]()
+    benchmarks = {f.__name__: f for f in (hugging_face, bare, startup, precision)}
+    for entry in sys.argv[1:] or benchmarks:
+        benchmarks[entry]()

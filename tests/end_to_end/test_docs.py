@@ -45,7 +45,7 @@ def test_command(command: str, data: Path, tmp_path: Path) -> None:
     )
     # The same commands on a model, a corpus and a number of steps that take seconds.
     small: list[str] = []
-    if words[2] == "train" and not {"--cfg", "--keys", "--help"} & set(words):
+    if words[2] in ("train", "train.compare") and not {"--cfg", "--keys", "--help"} & set(words):
         chosen = {w.split("=")[0] for w in words}
         small = [o for o in SMALL if o.split("=")[0] not in chosen] + [sources(data)]
         words = [re.sub(r"^stage.train_steps=.*", "stage.train_steps=2", w) for w in words]

@@ -1,0 +1,249 @@
+"""A run directory as a comparison reads it, and what it proves."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from precision.policy import is_quantized
+from recipes.errors import ConfigError
+from recipes.schema import OptimizerConfig, StageConfig
+from train.gaps import Series
+from train.metrics import MetricsFile
+from train.optimizer import train_steps
+from train.rundir import flat
+
+HASHES = {
+    "initial_parameters": "initial weights",
+    "data_order": "data order",
+    "recipe_without_precision": "recipes",
+}
+"""Entry of identity.json -> what it proves equal, in words."""
+
+_APART = ("precision", "compare", "checkpoint", "logging", "guard", "cluster", "run.dir")
+"""Keys that two paired runs may have different."""
+
+SHOWN = 3
+"""Things listed in a sentence before it says how many more there are."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left behind."""
+
+    folder: Path
+    config: dict[str, Any]
+    """The resolved recipe, config.json."""
+    records: list[dict[str, Any]]
+    """metrics.jsonl: steps 1, 2, ... without a gap."""
+    identity: dict[str, str] | None
+    """identity.json; None: an older run."""
+    applied: list[dict[str, Any]] | None
+    """precision.json; None: an older run."""
+    telemetry: list[dict[str, Any]]
+    """precision.jsonl; empty if it was not asked for."""
+
+    @property
+    def precision(self) -> str:
+        """Name of its precision recipe."""
+        return str(self.config["precision"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """Its run.seed."""
+        return int(self.config["run"]["seed"])
+
+    @cached_property
+    def stage(self) -> StageConfig:
+        """Its stage."""
+        return StageConfig(**_known(StageConfig, self.config["stage"]))
+
+    @cached_property
+    def optimizer(self) -> OptimizerConfig:
+        """Its optimizer."""
+        return OptimizerConfig(**_known(OptimizerConfig, self.config["optimizer"]))
+
+    @property
+    def mtp_depths(self) -> int:
+        """Multi-token-prediction depths."""
+        return len(self.records[0]["mtp_loss"]) if self.records else 0
+
+    def series(self, key: str, depth: int | None = None) -> Series:
+        """[steps of the stage] of one metric (of one MTP depth); NaN where there is none."""
+        values = np.full(train_steps(self.stage), np.nan)
+        for i, record in enumerate(self.records):
+            value = record.get(key)
+            value = value[depth] if depth is not None and value is not None else value
+            values[i] = np.nan if value is None else value
+        return values
+
+    def bad_steps(self) -> list[int]:
+        """Steps whose loss or gradient was not finite, with the one the run stopped at."""
+        bad = [r["step"] for r in self.records if r["loss"] is None or not r.get("updated", True)]
+        return bad + (
+            [len(self.records) + 1] if len(self.records) < train_steps(self.stage) else []
+        )
+
+    def claims_quantized(self) -> bool:
+        """Whether its recipe has a rule with a quantised format."""
+        precision = self.config["precision"]
+        switch = precision.get("switch") or {}
+        rules = [*precision.get("rules", []), *precision.get("extra_rules", [])]
+        rules += switch.get("rules") or []
+        return any(is_quantized(f) for f in [r["format"] for r in rules] + [switch.get("to") or ""])
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a run that is finished, or that ended because a loss or gradient was not finite.
+
+    Raises:
+        ConfigError: there is no run, it is damaged, or it is not finished.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        run = FinishedRun(
+            folder=folder,
+            config=config,
+            records=MetricsFile(folder / "metrics.jsonl").read(),
+            identity=_json(folder / "identity.json"),
+            applied=(_json(folder / "precision.json") or {}).get("applied"),
+            telemetry=MetricsFile(folder / "precision.jsonl").read(),
+        )
+        steps, done = train_steps(run.stage), len(run.records)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} is not a run that can be compared ({error.filename}: {error.strerror}); "
+            "name directories that `python -m train` has written"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder} holds a damaged file ({type(error).__name__}: {error}); train it anew"
+        ) from error
+    found = [r.get("step") for r in run.records]
+    if found != list(range(1, done + 1)):
+        wrong = next(i for i, step in enumerate(found, start=1) if step != i)
+        raise ConfigError(f"{folder}/metrics.jsonl lacks step {wrong}; train it anew")
+    if done > steps or (done < steps and not _stopped_at(folder, done + 1)):
+        raise ConfigError(
+            f"{folder} has done {done} of {steps} steps; finish it with the command in its "
+            "command.txt"
+        )
+    return run
+
+
+def same_length(runs: Sequence[FinishedRun]) -> None:
+    """Every step of every run ends at the same number of tokens.
+
+    Raises:
+        ConfigError: naming the runs that differ from the first.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        steps, wanted = train_steps(run.stage), train_steps(first.stage)
+        if steps != wanted:
+            raise ConfigError(
+                f"{run.folder} has {steps} steps and {first.folder} {wanted}; compare runs of "
+                "one length"
+            )
+        for one, other in zip(run.records, first.records, strict=False):
+            if one["tokens"] != other["tokens"]:
+                raise ConfigError(
+                    f"{run.folder} has read {one['tokens']} tokens at step {one['step']} and "
+                    f"{first.folder} {other['tokens']}; compare runs with one batch size"
+                )
+        if run.mtp_depths != first.mtp_depths and run.records and first.records:
+            raise ConfigError(
+                f"{run.folder} has {run.mtp_depths} MTP depths and {first.folder} "
+                f"{first.mtp_depths}; compare runs of one model"
+            )
+
+
+def unpaired(arm: FinishedRun, base: FinishedRun) -> list[str]:
+    """Why two runs may differ in more than precision, in words; empty: hashes prove they do not."""
+    if arm.identity is None or base.identity is None:
+        old = " and ".join(str(r.folder) for r in (base, arm) if r.identity is None)
+        reasons = [f"not proved: {old} has no identity.json"]
+    else:
+        one, other = arm.identity, base.identity
+        wrong = [words for key, words in HASHES.items() if one.get(key) != other.get(key)]
+        if not wrong:
+            return []
+        reasons = [f"{_and(wrong)} differ"]
+    keys = differing_keys(arm, base)
+    return reasons + ([f"keys that differ: {shortened(keys)}"] if keys else [])
+
+
+def same_data(arm: FinishedRun, base: FinishedRun) -> bool:
+    """Whether both read the same text in the same order, by hash, or for older runs by recipe."""
+    if arm.identity is not None and base.identity is not None:
+        return arm.identity.get("data_order") == base.identity.get("data_order")
+    return arm.seed == base.seed and arm.config.get("data") == base.config.get("data")
+
+
+def differing_keys(arm: FinishedRun, base: FinishedRun) -> list[str]:
+    """`key: old -> new` for every key outside precision that is not the same."""
+    old, new = flat(base.config), flat(arm.config)
+    return [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not any(key == k or key.startswith(f"{k}.") for k in _APART)
+    ]
+
+
+def format_failures(run: FinishedRun) -> list[str]:
+    """What is wrong with the formats a run computed in, or not proved about them."""
+    claims = run.claims_quantized()
+    if run.applied is None:
+        unproved = f"not proved: {run.folder} has no precision.json to show what it computed in"
+        return [unproved] if claims else []
+    modules = [(name, m) for entry in run.applied for name, m in entry["modules"].items()]
+    wrong = [
+        f"{name} in {m['ran']} instead of {m['wanted']}"
+        for name, m in modules
+        if m["ran"] != m["wanted"]
+    ]
+    failures = []
+    if wrong:
+        failures.append(
+            f"{run.folder}: modules ran in another format: {shortened(list(dict.fromkeys(wrong)))}"
+        )
+    if claims and not any(is_quantized(m["ran"]) for _, m in modules):
+        failures.append(f"{run.folder}: precision={run.precision} quantised no module")
+    return failures
+
+
+def same_losses(arm: FinishedRun, base: FinishedRun) -> bool:
+    """Whether every step of both has exactly the same losses."""
+    losses = [[(r["loss"], r["mtp_loss"]) for r in run.records] for run in (arm, base)]
+    return losses[0] == losses[1] and bool(losses[0])
+
+
+def shortened(items: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _known(section: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of the keys a section has today: an older run may have others."""
+    names = {f.name for f in fields(section)}
+    return {k: v for k, v in values.items() if k in names}
+
+
+def _stopped_at(folder: Path, step: int) -> bool:
+    """Whether the run ended at this step because its loss or gradient was not finite."""
+    bad = _json(folder / "bad_steps.json") or []
+    return any(b["step"] == step and b["action"] == "stop" for b in bad)
