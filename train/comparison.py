@@ -152,6 +152,10 @@ def compare(runs: Sequence[FinishedRun], budget: float) -> Comparison:
     base, others = _groups(runs)
     parts = windows(base[0].optimizer, base[0].stage)
     masks = {w.name: w.mask(base[0].stage) for w in parts}
+    if LAST not in masks:
+        raise ConfigError(
+            f"{base[0].folder} is too short to judge its last quarter; train at least 4 steps"
+        )
     noise = _noise(base, masks)
     arms = [_arm(name, _pairs(group, base), masks, noise, budget) for name, group in others.items()]
     return Comparison(base[0].precision, base, parts, noise, budget, arms)

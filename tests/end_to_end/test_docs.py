@@ -48,7 +48,8 @@ def test_command(command: str, data: Path, tmp_path: Path) -> None:
     if words[2] in ("train", "train.compare") and not {"--cfg", "--keys", "--help"} & set(words):
         chosen = {w.split("=")[0] for w in words}
         small = [o for o in SMALL if o.split("=")[0] not in chosen] + [sources(data)]
-        words = [re.sub(r"^stage.train_steps=.*", "stage.train_steps=2", w) for w in words]
+        steps = 8 if words[2] == "train.compare" else 2
+        words = [re.sub(r"^stage.train_steps=.*", f"stage.train_steps={steps}", w) for w in words]
     elif words[2] == "data.prepare":
         small = [] if any(w.startswith("data.sources") for w in words) else [sources(tmp_path)]
     environment = os.environ | {"STRATA_DATA": str(data), "OMP_NUM_THREADS": "1"}
