@@ -61,7 +61,9 @@ def _gaps(comparison: Comparison, path: Path) -> Path:
     begin = next((w.start / 1e6 for w in comparison.windows if w.name == LAST), 0.0)
     axes.hlines(budget, begin, x[-1], color="firebrick", linestyle="--", label="budget")
     axes.set_ylabel(f"loss gap to {comparison.base_name} (%)")
-    axes.set_title(f"Relative loss gap, mean over {width} steps; band: between seeds", fontsize=11)
+    axes.set_title(
+        f"Relative loss gap, mean over {width} steps; band: between seeds", fontsize=11, pad=18
+    )
     return _save(figure, axes, path)
 
 
@@ -80,7 +82,7 @@ def _losses(comparison: Comparison, path: Path) -> Path:
         at = np.isfinite(checked)
         axes.plot(x[at], checked[at], "o", color=color, markersize=5, label=f"{name}, held-out")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"Loss, mean over {width} steps and all seeds", fontsize=11)
+    axes.set_title(f"Loss, mean over {width} steps and all seeds", fontsize=11, pad=18)
     return _save(figure, axes, path)
 
 
@@ -157,11 +159,11 @@ def _figure(comparison: Comparison) -> tuple[Any, Any]:
             axes.axvspan(begin, end, color=SHADES[window.name], linewidth=0, zorder=0)
             axes.text(
                 (begin + end) / 2,
-                1.0,
+                1.01,
                 window.name,
                 transform=axes.get_xaxis_transform(),
                 ha="center",
-                va="top",
+                va="bottom",
                 fontsize=8,
                 color="0.35",
             )

@@ -114,13 +114,15 @@ def block_error(values: Series) -> float | None:
 
     The series is cut into BLOCKS blocks (of at least two steps) whose means count as independent
     (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461, 1989): right as long as what is correlated
-    is shorter than a block. None below four steps.
+    is shorter than a block. Never less than if all steps were independent, because a few short
+    blocks may agree by chance. None below four steps.
     """
     blocks = min(BLOCKS, values.size // 2)
     if blocks < 2:
         return None
     means = np.array([block.mean() for block in np.array_split(values, blocks)])
-    return float(means.std(ddof=1)) / math.sqrt(blocks)
+    independent = float(values.std(ddof=1)) / math.sqrt(values.size)
+    return max(float(means.std(ddof=1)) / math.sqrt(blocks), independent)
 
 
 def spread(values: Series) -> float | None:

@@ -230,7 +230,7 @@ def _legend(comparison: Comparison) -> str:
 def _estimate(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
-    error = "" if estimate.error is None else f" +- {percent(estimate.error, '')}"
+    error = "" if estimate.error is None else f" +- {percent(estimate.error, '', 2)}"
     return f"{percent(estimate.mean)}{error}"
 
 
