@@ -25,7 +25,7 @@ from train.guards import EXIT_COMPLETE, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER
 from train.metrics import MetricsFile
 from train.optimizer import train_steps
 from train.report import headline, write_report
-from train.world import _end_with_parent, launched
+from train.world import end_with_parent, launched
 
 EXIT_FAILED = 1
 """An arm did not pass."""
@@ -179,7 +179,7 @@ def _train(arm: Arm, stop: StopRequest) -> int:
         [sys.executable, "-m", "train", *arm.arguments],
         # Ctrl-C reaches it once, through us, not also from the terminal.
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
     passed_on: int | None = None
     try:

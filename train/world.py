@@ -165,14 +165,14 @@ def start_ranks(world_size: int, run_dir: Path) -> int:
                 stderr=output,
                 # Ctrl-C reaches a rank once, through us, not also from the terminal.
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
             ranks.append(process)
         with _passing_on(ranks):
             return _wait(ranks)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A rank whose starter is killed would go on writing into the run's directory."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
