@@ -18,7 +18,7 @@ Only a block of a few chunks is expanded at a time, forward and backward, so mem
 the sequence length; kept for backward is the state at each chunk's start. The last, shorter
 chunk is a block of its own: no padding. Chunks and blocks are an internal choice that the result
 does not depend on. Sums, decays and the carried state are float32 (float64 for float64 inputs);
-matrix products run in x's dtype.
+matrix products run in x's dtype, and so does the weighting of tokens that enter or leave a chunk.
 """
 
 import math

@@ -114,13 +114,6 @@ def check_applied(formats: Mapping[str, tuple[str, str]]) -> None:
         )
 
 
-def assert_applied(
-    chunks: Sequence["nn.Module"], policy: Policy, consumed_tokens: float = 0
-) -> None:
-    """`check_applied` for the modules of one rank; arguments as of `applied_formats`."""
-    check_applied(applied_formats(chunks, policy, consumed_tokens))
-
-
 def ran_in(module: "nn.Module") -> str:
     """The format of the last forward pass of a linear module; bf16: not quantised.
 

@@ -12,7 +12,13 @@ from model.gemms import model_gemms, policy_of
 from model.hybrid import build_model, transformer_config
 from model.validate import validate_recipe
 from parallel.device import meta_device
-from precision.apply import apply_policy, assert_applied, environment, transformer_fields
+from precision.apply import (
+    applied_formats,
+    apply_policy,
+    check_applied,
+    environment,
+    transformer_fields,
+)
 from precision.policy import Policy
 from recipes.compose import choices, load_recipe
 from recipes.errors import ConfigError, PrecisionError
@@ -348,15 +354,15 @@ def test_modules_that_ran_in_another_format_are_an_error():
     model = on_meta(of)
     for name, module in linears(model).items():
         module.quantized_with = formats(policy)[name]
-    assert_applied([model], policy)
+    check_applied(applied_formats([model], policy))
     for name in ("decoder.layers.0.mixer.in_proj", "decoder.layers.5.self_attention.linear_qkv"):
         module = linears(model)[name]
         right = module.quantized_with
         module.quantized_with = "mxfp8"
         with pytest.raises(PrecisionError, match=f"{name} ran in mxfp8 instead of {right}"):
-            assert_applied([model], policy)
+            check_applied(applied_formats([model], policy))
         module.quantized_with = right
     for module in linears(model).values():
         module.quantized_with = "bf16"
     with pytest.raises(PrecisionError, match="and 10 more"):
-        assert_applied([model], policy)
+        check_applied(applied_formats([model], policy))

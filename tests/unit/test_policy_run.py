@@ -10,7 +10,7 @@ import torch
 
 from model.gemms import policy_of
 from model.hybrid import build_model, transformer_config
-from precision.apply import apply_policy, assert_applied, environment, ran_in
+from precision.apply import applied_formats, apply_policy, check_applied, environment, ran_in
 from precision.factories import mxfp8_backward, nvfp4_backward
 from recipes.compose import load_recipe
 from recipes.errors import PrecisionError
@@ -67,7 +67,7 @@ def test_modules_run_in_the_formats_of_the_policy(precision, expected):
     model = build(of)
     step(model)
     assert formats(model) == expected
-    assert_applied([model], policy_of(of))
+    check_applied(applied_formats([model], policy_of(of)))
 
 
 def test_validation_runs_in_its_own_format():
@@ -87,7 +87,7 @@ def test_a_policy_that_was_not_applied_is_noticed():
     apply_policy([model], policy_of(tiny("precision=bf16")))
     step(model)
     with pytest.raises(PrecisionError, match="ran in bf16 instead of nvfp4"):
-        assert_applied([model], policy_of(of))
+        check_applied(applied_formats([model], policy_of(of)))
 
 
 def test_the_switch_changes_what_the_next_step_computes():
@@ -99,9 +99,9 @@ def test_the_switch_changes_what_the_next_step_computes():
     plain = build(tiny("precision=bf16"))
     plain.load_state_dict(model.state_dict())
     assert step(model) == step(plain)
-    assert_applied([model], policy, 1000)
+    check_applied(applied_formats([model], policy, 1000))
     with pytest.raises(PrecisionError):
-        assert_applied([model], policy, 999)
+        check_applied(applied_formats([model], policy, 999))
 
 
 def test_forward_pass_in_bf16_with_quantised_gradients():
@@ -112,7 +112,7 @@ def test_forward_pass_in_bf16_with_quantised_gradients():
     plain = build(tiny("precision=bf16"))
     plain.load_state_dict(model.state_dict())
     assert step(model) == step(plain)
-    assert_applied([model], policy, 1000)
+    check_applied(applied_formats([model], policy, 1000))
     assert set(formats(model)) == {"nvfp4_backward", "mxfp8_backward", "bf16"}
     name = "decoder.layers.0.mixer.in_proj.weight"
     assert not torch.equal(model.get_parameter(name).grad, plain.get_parameter(name).grad)
@@ -189,4 +189,4 @@ def test_experts_are_padded_by_zeros_under_allgather():
     of = tiny("precision=nvfp4", "parallel.moe_token_dispatcher_type=allgather")
     model = build(of)
     step(model)
-    assert_applied([model], policy_of(of))
+    check_applied(applied_formats([model], policy_of(of)))
