@@ -388,6 +388,18 @@ class CompareConfig:
 
 
 @dataclass
+class SensitivityConfig:
+    """What `python -m precision.sensitivity` looks for. A single run ignores it."""
+
+    budget: float = 5.0e-4
+    """Relative held-out loss that quantised forward passes may cost; 0.0005 is 0.05 %."""
+    measure: str = "alone"
+    """How a module is measured: quantised alone, or protected (all others quantised)."""
+    batches: int = 4
+    """Global batches the modules are measured on; as many others judge the policy."""
+
+
+@dataclass
 class ClusterConfig:
     """Where the ranks come from."""
 
@@ -422,6 +434,7 @@ class Recipe:
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     run: RunConfig = field(default_factory=RunConfig)
     device: str = "auto"
     """auto (CUDA if there is a GPU), cuda or host."""

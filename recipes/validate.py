@@ -16,6 +16,7 @@ from recipes.schema import (
     PrecisionConfig,
     PrecisionSwitch,
     Recipe,
+    SensitivityConfig,
     StageConfig,
 )
 
@@ -40,6 +41,7 @@ def validate_run(recipe: Recipe) -> None:
     _guard(recipe.guard, recipe.checkpoint)
     _logging(recipe.logging)
     _compare(recipe.compare)
+    _sensitivity(recipe.sensitivity)
     _data(recipe.data)
 
 
@@ -231,6 +233,12 @@ def _compare(compare: CompareConfig) -> None:
             f"and compare.runs={show(compare.runs)} both say what to compare",
             "give one of them: precisions to train, or runs that are finished",
         )
+
+
+def _sensitivity(sensitivity: SensitivityConfig) -> None:
+    above("sensitivity.budget", sensitivity.budget, 0)
+    one_of("sensitivity.measure", sensitivity.measure, ("alone", "protected"))
+    at_least("sensitivity.batches", sensitivity.batches, 1)
 
 
 def _data(data: DataConfig) -> None:

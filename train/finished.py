@@ -15,7 +15,7 @@ from recipes.schema import OptimizerConfig, StageConfig
 from train.gaps import Series
 from train.metrics import MetricsFile
 from train.optimizer import train_steps
-from train.rundir import flat
+from train.rundir import NOT_LEARNING, flat
 
 HASHES = {
     "initial_parameters": "initial weights",
@@ -23,9 +23,6 @@ HASHES = {
     "recipe_without_precision": "recipes",
 }
 """Entry of identity.json -> what it proves equal, in words."""
-
-_APART = ("precision", "compare", "checkpoint", "logging", "guard", "cluster", "run.dir")
-"""Keys that two paired runs may have different."""
 
 SHOWN = 3
 """Things listed in a sentence before it says how many more there are."""
@@ -191,7 +188,7 @@ def differing_keys(arm: FinishedRun, base: FinishedRun) -> list[str]:
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not any(key == k or key.startswith(f"{k}.") for k in _APART)
+        and not any(key == k or key.startswith(f"{k}.") for k in NOT_LEARNING)
     ]
 
 

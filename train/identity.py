@@ -12,10 +12,7 @@ from recipes.schema import Recipe
 from train.batches import Batches
 from train.guards import write_atomically
 from train.hashes import parameters_hash
-from train.rundir import flat
-
-_NOT_LEARNING = ("precision", "checkpoint", "logging", "guard", "cluster", "compare", "run.dir")
-"""Keys and groups that say nothing about what is learned, or are what is compared."""
+from train.rundir import NOT_LEARNING, flat
 
 
 def write_identity(recipe: Recipe, data: Batches, chunks: list[Any]) -> None:
@@ -31,7 +28,7 @@ def write_identity(recipe: Recipe, data: Batches, chunks: list[Any]) -> None:
     keys = {
         key: value
         for key, value in flat(asdict(recipe)).items()
-        if not any(key == k or key.startswith(f"{k}.") for k in _NOT_LEARNING)
+        if not any(key == k or key.startswith(f"{k}.") for k in NOT_LEARNING)
     }
     rest = json.dumps(keys, sort_keys=True)
     identity = {

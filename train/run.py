@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -22,8 +22,28 @@ if TYPE_CHECKING:
     from train.batches import Batches
 
 
+Job = Callable[[Recipe, "Layout", "Backends", MemoryHandler], int]
+"""What a rank does in a world that is up; returns the exit code."""
+
+
 def run(recipe: Recipe) -> int:
     """Train the recipe; the exit code says how it ended (see train.guards)."""
+    if launched() is None:
+        from model.validate import validate_recipe
+
+        # Before ranks are started for a mistake.
+        validate_recipe(recipe)
+        rundir.check(recipe)
+    return in_world(recipe, train)
+
+
+def in_world(recipe: Recipe, job: Job) -> int:
+    """Validate the recipe, install the backends, join the ranks (or start them here) and do a job
+    on each of them.
+
+    Raises:
+        ConfigError: the recipe is not valid, or does not fit the ranks that were launched.
+    """
     from model.validate import validate_recipe
 
     # Read by OpenMP when torch is imported: threads that sleep between the many short
@@ -33,7 +53,6 @@ def run(recipe: Recipe) -> int:
     layout = validate_recipe(recipe, launch.world_size if launch else None)
     check_world(layout.world_size, launch)
     if launch is None and layout.world_size > 1:
-        rundir.check(recipe)
         return start_ranks(layout.world_size, Path(recipe.run.dir))
 
     from model.backends import install_backends
@@ -44,7 +63,7 @@ def run(recipe: Recipe) -> int:
         backends = install_backends(recipe.device, block_formats(recipe.precision))
         validate_recipe(recipe, layout.world_size, backends.device)
         with joined_world(recipe, backends, launch, layout.virtual_stages):
-            return train(recipe, layout, backends, messages)
+            return job(recipe, layout, backends, messages)
 
 
 def train(recipe: Recipe, layout: "Layout", backends: "Backends", messages: MemoryHandler) -> int:
@@ -69,7 +88,7 @@ def train(recipe: Recipe, layout: "Layout", backends: "Backends", messages: Memo
     on_first_rank(lambda: check_data(recipe))
     on_first_rank(lambda: rundir.prepare(recipe, backends))
     with rundir.usable(folder):
-        messages.setTarget(_log_file(folder, rank))
+        messages.setTarget(log_file(folder, rank))
         messages.flush()
     with StopRequest().listening() as stop:
         data = Batches(recipe, layout.dp)
@@ -148,7 +167,8 @@ def _library_messages() -> Iterator[MemoryHandler]:
         handler.close()
 
 
-def _log_file(folder: Path, rank: int) -> logging.Handler:
+def log_file(folder: Path, rank: int) -> logging.Handler:
+    """Where the libraries' messages go: logs/rankN.log of the run directory."""
     file = logging.FileHandler(folder / "logs" / f"rank{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return file

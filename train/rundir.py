@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "logging",
     "guard",
     "compare",
+    "sensitivity",
     "run.dir",
     "device",
     "traceback",
@@ -38,6 +39,26 @@ MAY_CHANGE = (
 )
 """Keys and groups a resumed run may change: none alters what the next step computes, except
 stage.train_*, which extends the run (and its schedule, if that has no length of its own)."""
+
+
+NOT_LEARNING = (
+    "precision",
+    "checkpoint",
+    "logging",
+    "guard",
+    "cluster",
+    "compare",
+    "sensitivity",
+    "run.dir",
+    "device",
+    "traceback",
+    "data.cache",
+    "data.sources",
+    "data.prepare_if_missing",
+    "data.prepare_workers",
+)
+"""Keys and groups two runs may differ in and still be paired: they say nothing about what is
+learned, or are what is compared."""
 
 
 def check(recipe: Recipe) -> list[str]:
