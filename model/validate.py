@@ -11,7 +11,7 @@ from parallel.layout import Layout, validate_layout
 from precision.apply import transformer_fields
 from precision.policy import check_sizes
 from recipes.rules import above, at_least, divides, fail, listed, one_of, within
-from recipes.schema import ModelConfig, ParallelConfig, Recipe
+from recipes.schema import ModelConfig, Recipe
 from recipes.validate import validate_run
 
 _POSITIVE = (
@@ -86,7 +86,7 @@ def validate_sizes_apart(
         mtp_depths=pattern.mtp_depths,
     )
     if (device or recipe.device) == "host":
-        _host(recipe.parallel)
+        _host(recipe)
     policy_of(recipe)
     _fp8_mamba(recipe, pattern)
     return layout
@@ -217,14 +217,15 @@ def _fp8_mamba(recipe: Recipe, pattern: Pattern) -> None:
         )
 
 
-def _host(parallel: ParallelConfig) -> None:
+def _host(recipe: Recipe) -> None:
     """What the stand-ins of a machine without a GPU do not do."""
-    if parallel.context_parallel_size > 1:
+    parallel, dropout = recipe.parallel, recipe.model.attention_dropout
+    if parallel.context_parallel_size > 1 and dropout > 0:
         fail(
-            "parallel.context_parallel_size",
-            parallel.context_parallel_size,
-            "is not implemented without a GPU: the attention stand-in sees one rank's tokens",
-            "use 1, or device=cuda",
+            "model.attention_dropout",
+            dropout,
+            "is not implemented without a GPU where attention crosses context-parallel ranks",
+            "use 0, parallel.context_parallel_size=1 or device=cuda",
         )
     if parallel.moe_token_dispatcher_type == "flex":
         fail(

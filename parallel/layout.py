@@ -19,6 +19,10 @@ from recipes.schema import ModelConfig, ParallelConfig, StageConfig
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 """What Megatron can recompute selectively in the layers of this family."""
 
+CP_COMM_TYPES = ("p2p", "all_gather", "a2a")
+"""How attention crosses context-parallel ranks. Transformer Engine's a2a+p2p, which needs groups
+of groups, is left out."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,6 +88,8 @@ def validate_layout(
     if "M" in symbols:
         _mamba(parallel, model)
     _tensor(parallel, model)
+    if "*" in symbols:
+        _attention_context(parallel, model)
     _experts(parallel, model, "E" in symbols)
     virtual = _pipeline(parallel, num_layers, num_stages)
     _recompute(parallel, mtp_depths)
@@ -177,6 +183,24 @@ def _mamba(parallel: ParallelConfig, model: ModelConfig) -> None:
             "is neither a divisor nor a multiple of mamba_num_groups / "
             f"tensor_model_parallel_size={groups}",
             f"use {listed(fits)}",
+        )
+
+
+def _attention_context(parallel: ParallelConfig, model: ModelConfig) -> None:
+    """Rules of Transformer Engine's context parallelism."""
+    one_of("parallel.cp_comm_type", parallel.cp_comm_type, CP_COMM_TYPES)
+    if parallel.cp_comm_type != "a2a":
+        return
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    # With fewer key/value heads than tensor-parallel ranks each rank has one.
+    heads = max(1, model.num_query_groups // tp)
+    if heads % cp:
+        fail(
+            "parallel.cp_comm_type",
+            "a2a",
+            f"splits the {listed([heads])} key/value heads of a tensor-parallel rank between "
+            f"context_parallel_size={cp} ranks, which does not go",
+            "use p2p or all_gather",
         )
 
 

@@ -175,6 +175,9 @@ class ParallelConfig:
     """Ranks that share the layers (pp)."""
     context_parallel_size: int = 1
     """Ranks that share one sequence (cp)."""
+    cp_comm_type: str = "p2p"
+    """How attention meets the keys of other context-parallel ranks: p2p (a ring), all_gather
+    (of keys and values) or a2a (every rank sees the whole sequence for its share of heads)."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a layer (ep)."""
     expert_tensor_parallel_size: int = 1

@@ -30,7 +30,8 @@ def check_data(recipe: Recipe) -> None:
 
 
 class Batches:
-    """Training and validation micro-batches of this data-parallel rank.
+    """Training and validation micro-batches of this data-parallel rank; of their tokens those
+    of this context-parallel rank, as Megatron cuts them (two chunks of the sequence each).
 
     Args:
         recipe: the validated recipe.
@@ -102,8 +103,13 @@ class Batches:
         return tokens.hexdigest()
 
     def _iterate(self, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
+        from megatron.core import parallel_state
+        from megatron.core.utils import get_batch_on_this_cp_rank
+
         from data.batches import BatchSource
 
         device = torch.cuda.current_device()
+        ranks = parallel_state.get_context_parallel_group()
         for batch in BatchSource(dataset, *self._sizes, *self._rank, consumed):
-            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            part = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=ranks)
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}

@@ -324,10 +324,14 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "return_layernorm_output": lambda: te.LayerNormLinear(4, 4, return_layernorm_output=True),
     "zero_centered_gamma": lambda: te.RMSNorm(4, zero_centered_gamma=True),
     "LayerNorm": lambda: te.LayerNorm(4),
-    "cp_group": lambda: te.DotProductAttention(2, 8, cp_group=TwoRanks()),
+    "cp_comm_type": lambda: te.DotProductAttention(2, 8, cp_comm_type="a2a+p2p"),
     "attention_type": lambda: te.DotProductAttention(2, 8, attention_type="cross"),
     "window_size": lambda: te.DotProductAttention(2, 8, window_size=(4, 0)),
-    "qkv_format='thd'": lambda: te.DotProductAttention(2, 8)(Q, Q, Q, qkv_format="thd"),
+    "qkv_format='bshd'": lambda: te.DotProductAttention(2, 8)(Q, Q, Q, qkv_format="bshd"),
+    "documents": lambda: te.DotProductAttention(2, 8, attn_mask_type="padding_causal")(
+        Q, Q, Q, qkv_format="thd"
+    ),
+    "attention_dropout": lambda: te.DotProductAttention(2, 8, 2, 0.1, cp_group=TwoRanks())(Q, Q, Q),
     "attention_mask": lambda: te.DotProductAttention(2, 8)(Q, Q, Q, torch.ones(4, 4)),
     "attn_mask_type='padding'": lambda: te.DotProductAttention(2, 8, attn_mask_type="padding")(
         Q, Q, Q

@@ -116,6 +116,11 @@ BROKEN: list[tuple[list[str], list[str]]] = [
         [f"{CP}=3", "model.mamba_num_heads=12"],
         [f"{CP}=3", "mamba_num_groups", "=2", "use 1, 2, 4, 6 or 12"],
     ),
+    (["parallel.cp_comm_type=ring"], ["cp_comm_type=ring", "use p2p, all_gather or a2a"]),
+    (
+        [f"{CP}=4", "parallel.cp_comm_type=a2a"],
+        ["cp_comm_type=a2a", "the 2 key/value heads", "use p2p or all_gather"],
+    ),
     ([f"{EP}=3"], [f"{EP}=3", "num_moe_experts=16", "use 1, 2, 4, 8 or 16"]),
     ([f"{ETP}=3"], [f"{ETP}=3", "moe_ffn_hidden_size=128"]),
     ([f"{EP}=2", "model.hybrid_layer_pattern=MM*"], [f"{EP}=2", "no MoE layer", "use 1"]),
@@ -253,10 +258,10 @@ def test_launched_ranks_must_fit():
 
 
 def test_host_refuses_what_its_standins_do_not_do():
-    recipe = load_recipe(["experiment=tiny", f"{CP}=2"])
-    assert validate_recipe(recipe, device="cuda").cp == 2
-    assert "use 1, or device=cuda" in message(f"{CP}=2", device="host")
-    assert "use 1, or device=cuda" in message(f"{CP}=2", "device=host")
+    dropout = [f"{CP}=2", "model.attention_dropout=0.1"]
+    assert validate_recipe(load_recipe(["experiment=tiny", *dropout]), device="cuda").cp == 2
+    assert "or device=cuda" in message(*dropout, device="host")
+    assert "or device=cuda" in message(*dropout, "device=host")
     flex = "parallel.moe_token_dispatcher_type=flex"
     assert "use alltoall or allgather" in message(flex, device="host")
 

@@ -158,6 +158,6 @@ class DotProductAttention(nn.Module):
 
 def _same_documents(queries: Tensor | None, keys: Tensor | None) -> bool:
     """Whether queries and keys are packed alike: self-attention."""
-    return queries is not None and keys is not None and (
-        keys is queries or torch.equal(queries, keys)
+    return (
+        queries is not None and keys is not None and (keys is queries or torch.equal(queries, keys))
     )
