@@ -342,7 +342,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "is_cg_capturable": lambda: parallel_cross_entropy(Q, Q, is_cg_capturable=True),
     "quantized parameters": lambda: te.quantized_model_init().__enter__(),
     "CudaRNGStatesTracker": CudaRNGStatesTracker,
-    "checkpoint": lambda: checkpoint(print),
+    "checkpoint": lambda: checkpoint(print, distribute_saved_activations=True),
     "FusedSGD": lambda: optimizers.FusedSGD([]),
     "amsgrad": lambda: optimizers.FusedAdam([Q], amsgrad=True),
     "master_weights": lambda: optimizers.FusedAdam([Q], master_weights=True),
