@@ -89,6 +89,10 @@ def transformer_config(
         if parallel.sequence_parallel is None
         else parallel.sequence_parallel,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        # Batched exchanges go wrong in the interleaved schedule of two pipeline ranks: each is
+        # the other's predecessor and successor, and activations meet gradients.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
         normalization="RMSNorm",
         activation_func=squared_relu,
         gated_linear_unit=False,
@@ -112,12 +116,14 @@ def build_model(
     vp_stage: int | None = None,
 ) -> "HybridModel":
     """One pipeline stage of the model, on the current device, in the formats the precision
-    policy starts with.
+    policy starts with. Its weights depend on `run.seed`, not on the layout.
 
     torch.distributed, Megatron's parallel state and its RNG tracker must be initialised.
     """
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from model.initial import draw_weights, undrawn
 
     pattern = recipe.model.hybrid_layer_pattern
     if config.pipeline_model_parallel_size == 1:
@@ -129,18 +135,21 @@ def build_model(
     mixer = replace(mamba.submodules.mixer, params=sizes)
     mamba = replace(mamba, submodules=replace(mamba.submodules, mixer=mixer))
     spec = replace(hybrid_stack_spec, submodules=replace(layers, mamba_layer=mamba))
-    built = HybridModel(
-        config=config,
-        hybrid_stack_spec=spec,
-        vocab_size=recipe.model.vocab_size,
-        max_sequence_length=recipe.model.max_position_embeddings,
-        hybrid_layer_pattern=pattern,
-        pre_process=pre_process,
-        post_process=post_process,
-        parallel_output=True,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="none",
-        vp_stage=vp_stage,
-    )
+    with undrawn(config):
+        built = HybridModel(
+            config=config,
+            hybrid_stack_spec=spec,
+            vocab_size=recipe.model.vocab_size,
+            max_sequence_length=recipe.model.max_position_embeddings,
+            hybrid_layer_pattern=pattern,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
+    if not next(built.parameters()).is_meta:
+        draw_weights(built, recipe.run.seed, recipe.model.mamba_d_conv)
     apply_policy([built], policy_of(recipe))
     return built
