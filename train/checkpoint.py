@@ -312,7 +312,9 @@ def _state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
     for i, chunk in enumerate(state.chunks):
         key = _model_key(i, len(state.chunks))
         result[key] = unwrap_model(chunk).sharded_state_dict(metadata=metadata)
-    models = {k: v for key in result for k, v in result[key].items()}
+    # One chunk's names repeat in the next (layers are counted from 0 in each), so chunks stay
+    # apart.
+    models = dict(result) if len(state.chunks) > 1 else result["model"]
     result["optimizer"] = state.optimizer.sharded_state_dict(
         models, is_loading=loading, metadata=metadata
     )

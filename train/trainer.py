@@ -1,5 +1,6 @@
 """The training loop: read, step, check, report, validate, save."""
 
+import itertools
 import math
 import resource
 import time
@@ -74,7 +75,7 @@ class Trainer:
         )
         self._forward_backward = get_forward_backward_func()
         self.gradient_elements = gradient_elements(state.optimizer)
-        self._batches: Iterator[dict[str, torch.Tensor]] | None = None
+        self._batches: list[Iterator[dict[str, torch.Tensor]]] | None = None
 
     def fit(self) -> int:
         """Train to the last step.
@@ -133,7 +134,7 @@ class Trainer:
             return nothing
         state = self.state
         if self._batches is None:
-            self._batches = self.data.train_from(state.progress.consumed_samples)
+            self._batches = self._for_chunks(self.data.train_from(state.progress.consumed_samples))
         biases = self.routers.biases()
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
@@ -169,7 +170,7 @@ class Trainer:
         """Mean loss on the first held-out batches; None if a stop signal came meanwhile."""
         for chunk in self.state.chunks:
             chunk.eval()
-        batches = self.data.validation()
+        batches = self._for_chunks(self.data.validation())
         reports: list[torch.Tensor] = []
         stopped = False
         with torch.no_grad():
@@ -183,9 +184,14 @@ class Trainer:
         loss = reduce_losses(reports, None, 0, 1).loss
         return None if stopped else loss
 
+    def _for_chunks(self, batches: Iterator[Any]) -> list[Iterator[Any]]:
+        """An iterator for each model chunk: every one of them asks for every micro batch, at
+        times of its own."""
+        return list(itertools.tee(batches, len(self.state.chunks)))
+
     def _run(
         self,
-        batches: Iterator[dict[str, torch.Tensor]],
+        batches: list[Iterator[dict[str, torch.Tensor]]],
         num_microbatches: int,
         forward_only: bool,
     ) -> list[torch.Tensor]:
@@ -193,7 +199,7 @@ class Trainer:
         chunks = self.state.chunks
         return self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=[batches] * len(chunks) if len(chunks) > 1 else batches,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
             model=chunks,
             num_microbatches=num_microbatches,
             seq_length=self.recipe.stage.sequence_length,
