@@ -15,6 +15,7 @@ TWO = [
     Sizes("pipeline", pp=2),
     Sizes("virtual stages", pp=2, virtual=2),
     Sizes("expert", ep=2),
+    Sizes("context", cp=2),
 ]
 FOUR = [
     Sizes("tensor and expert", tp=2, ep=2),
