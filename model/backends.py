@@ -70,7 +70,7 @@ def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Bac
     import torch
 
     from model.mamba_ssm_standin import install as install_mamba_ssm
-    from parallel import cuda_runtime, solo
+    from parallel import cuda_runtime, solo, wire
     from parallel.device import choose_device
     from parallel.host_memory import keep_freed_memory
     from precision.backend import install_transformer_engine, needs_emulation
@@ -84,11 +84,13 @@ def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Bac
         solo.install()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    counter = wire.install()
     emulated = [] if host else needs_emulation(formats, torch.cuda.get_device_capability())
     te_kind, te_version = install_transformer_engine(emulate=bool(emulated))
     mamba_kind, mamba_version = install_mamba_ssm()
     if host:
         _adapt_megatron_to_host()
+    wire.watch_experts(counter)
     megatron = importlib.metadata.version("megatron-core")
     table = (
         Backend("megatron-core", "real", megatron, "model, parallelism, optimizer, checkpoints"),

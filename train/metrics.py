@@ -65,7 +65,9 @@ def flatten(record: dict[str, Any]) -> dict[str, float]:
     """Numbers of a record under flat names (`mtp_loss/1`), for trackers."""
     flat: dict[str, float] = {}
     for key, value in record.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": v for name, v in flatten(value).items()}
+        elif isinstance(value, list):
             flat |= {f"{key}/{i + 1}": v for i, v in enumerate(value) if v is not None}
         elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
             flat[key] = value

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.pattern import Pattern
+from parallel import wire
 
 
 @dataclass
@@ -31,6 +32,10 @@ class StepResult:
     """Load-balancing loss before its coefficient, mean over the MoE layers; 1 is balance."""
     max_violation: list[float] = field(default_factory=list)
     """MaxVio of each MoE layer, MTP last: busiest expert's load / mean load - 1."""
+    wire: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What all ranks sent in this step, by purpose (`parallel.wire.summary`)."""
+    wire_seconds: dict[str, float] = field(default_factory=dict)
+    """Time in collectives by purpose, mean over ranks."""
     updated: bool = True
     """Whether the weights moved."""
     dropped: bool = False
@@ -108,7 +113,8 @@ class Routers:
 
         if self._modules:
             self._measure()
-        finalize_model_grads(model, num_tokens, **kwargs)
+        with wire.install().purpose(wire.GRADIENTS):
+            finalize_model_grads(model, num_tokens, **kwargs)
 
     def biases(self) -> list[Tensor]:
         """A copy of every selection bias, to undo the update of a dropped step."""

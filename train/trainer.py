@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from model.gemms import policy_of
 from model.pattern import parse_pattern
+from parallel import wire
 from recipes.schema import Recipe
 from train.checkpoint import Checkpointer, TrainState
 from train.guards import (
@@ -73,6 +74,7 @@ class Trainer:
         self.num_microbatches = recipe.stage.global_batch_size // (
             recipe.stage.micro_batch_size * dp
         )
+        self.wire = wire.install()
         self._forward_backward = get_forward_backward_func()
         self.gradient_elements = gradient_elements(state.optimizer)
         self._batches: list[Iterator[dict[str, torch.Tensor]]] | None = None
@@ -140,6 +142,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         step, tokens = state.progress.step + 1, state.progress.consumed_tokens
+        self.wire.take()  # what was sent between two steps belongs to neither
         self.numerics.before_step(tokens)
         with self.telemetry.watching(step, tokens + tokens_per_step(self.recipe.stage)):
             reports = self._run(self._batches, self.num_microbatches, forward_only=False)
@@ -155,6 +158,7 @@ class Trainer:
         else:
             result.updated = False
             self.routers.restore_biases(biases)
+        result.wire, result.wire_seconds = wire.summary(self.wire.take())
         self._advance()
         return result
 
@@ -262,6 +266,8 @@ class Trainer:
             "load_balance_loss": result.load_balance_loss,
             "zero_grad_share": result.zero_grad_share,
             "max_violation": result.max_violation,
+            "wire": result.wire,
+            "wire_seconds": result.wire_seconds,
             "memory_gib": _peak_memory_gib(),
             "updated": result.updated,
         }

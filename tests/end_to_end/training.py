@@ -116,7 +116,8 @@ def end_with(process: subprocess.Popen[str], number: signal.Signals, code: int) 
 
 def essence(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What must be equal bit for bit between runs that are the same: all but time and memory."""
-    measured = ("seconds", "tokens_per_second", "model_flops_per_second", "memory_gib")
+    speed = ("seconds", "wire_seconds", "tokens_per_second", "model_flops_per_second")
+    measured = (*speed, "memory_gib")
     # Validated at other steps if the run was interrupted; training must not notice.
     left_out = (*measured, "validation_loss")
     return [{k: v for k, v in r.items() if k not in left_out} for r in records]
