@@ -41,6 +41,8 @@ type Batch = dict[str, torch.Tensor]
 # Held-out samples are the same for every run.seed, so that runs can be compared.
 _VALIDATION_SEED = 1234
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_DOCUMENT_KEYS = ("cu_seqlens", "max_seqlen")
+"""Only with inter_document_masking."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ def build_datasets(
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        # The end of a document would predict the first token of another one.
+        eod_mask_loss=cfg.inter_document_masking,
+        inter_document_masking=cfg.inter_document_masking,
         create_attention_mask=False,  # its default builds an l x l mask
     )
     train = _build(cfg, config, 0, train_samples)
@@ -223,7 +227,9 @@ class BatchSource:
         return self
 
     def __next__(self) -> Batch:
-        """Next micro-batch: tokens, labels, position_ids int64 [b, l], loss_mask float32 [b, l].
+        """Next micro-batch: tokens, labels, position_ids int64 [b, l], loss_mask float32 [b, l];
+        with inter_document_masking also cu_seqlens int32 [b, l + 1], where documents end (from 0,
+        filled up with l), and max_seqlen int32 [b], the longest.
 
         Raises:
             DataError: past the samples the dataset was built for.
@@ -239,7 +245,8 @@ class BatchSource:
         self._drawn += self._micro_batch_size
         if self._drawn == self._rank_samples:
             self.seek(self._step_start + self._global_batch_size)
-        return {key: torch.stack([s[key] for s in samples]) for key in _KEYS}
+        keys = [*_KEYS, *(key for key in _DOCUMENT_KEYS if key in samples[0])]
+        return {key: torch.stack([s[key] for s in samples]) for key in keys}
 
 
 def _checked_manifest(key: str, entry: BlendEntry) -> Manifest | None:

@@ -5,7 +5,9 @@ derived here (layer counts from the pattern, the initial standard deviation, dty
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from model.gemms import policy_of
@@ -36,6 +38,8 @@ _NOT_CONFIG = {
     "overlap_grad_reduce",
     "overlap_param_gather",
     "timeout_minutes",
+    "mamba_context",
+    "cross_entropy_loss_chunk",
 }
 """Fields of ParallelConfig that TransformerConfig does not take or that are derived below."""
 
@@ -120,25 +124,16 @@ def build_model(
 
     torch.distributed, Megatron's parallel state and its RNG tracker must be initialised.
     """
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-
     from model.initial import draw_weights, undrawn
 
     pattern = recipe.model.hybrid_layer_pattern
     if config.pipeline_model_parallel_size == 1:
         pattern = pattern.replace("|", "")  # Megatron would build the first stage alone
-    # Megatron's own spec with two arguments of the Mamba mixer set.
-    layers = hybrid_stack_spec.submodules
-    mamba = layers.mamba_layer
-    sizes = {"d_conv": recipe.model.mamba_d_conv, "chunk_size": recipe.model.mamba_chunk_size}
-    mixer = replace(mamba.submodules.mixer, params=sizes)
-    mamba = replace(mamba, submodules=replace(mamba.submodules, mixer=mixer))
-    spec = replace(hybrid_stack_spec, submodules=replace(layers, mamba_layer=mamba))
+    model = _model_class(recipe)
     with undrawn(config):
-        built = HybridModel(
+        built = model(
             config=config,
-            hybrid_stack_spec=spec,
+            hybrid_stack_spec=_layer_spec(recipe),
             vocab_size=recipe.model.vocab_size,
             max_sequence_length=recipe.model.max_position_embeddings,
             hybrid_layer_pattern=pattern,
@@ -153,3 +148,45 @@ def build_model(
         draw_weights(built, recipe.run.seed, recipe.model.mamba_d_conv)
     apply_policy([built], policy_of(recipe))
     return built
+
+
+def _model_class(recipe: Recipe) -> "Callable[..., HybridModel]":
+    """Megatron's model, or ours on top of it where its loss does not do."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    chunk = recipe.parallel.cross_entropy_loss_chunk
+    split = recipe.parallel.context_parallel_size > 1
+    if not split and not recipe.data.inter_document_masking and chunk is None:
+        return HybridModel
+    from model.context_model import ContextModel
+
+    return partial(ContextModel, loss_chunk=chunk)
+
+
+def _layer_spec(recipe: Recipe) -> Any:
+    """Megatron's spec of the layers: two arguments of the Mamba mixer set, and modules replaced
+    where documents or states cross ranks."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    layers = hybrid_stack_spec.submodules
+    mamba = layers.mamba_layer
+    sizes = {"d_conv": recipe.model.mamba_d_conv, "chunk_size": recipe.model.mamba_chunk_size}
+    mixer = replace(mamba.submodules.mixer, params=sizes)
+    changed: dict[str, Any] = {}
+    if recipe.parallel.context_parallel_size > 1:
+        from model.context_mixers import StatePassingMixer, WholePackMixer
+
+        if recipe.parallel.mamba_context == "state":
+            mixer = replace(mixer, module=StatePassingMixer)
+        elif recipe.data.inter_document_masking:
+            mixer = replace(mixer, module=WholePackMixer)
+    if recipe.data.inter_document_masking:
+        from model.context_model import DocumentPredictionLayer
+
+        block = layers.mtp_block_spec
+        layer = replace(block.submodules.layer_specs[0], module=DocumentPredictionLayer)
+        changed["mtp_block_spec"] = replace(
+            block, submodules=replace(block.submodules, layer_specs=[layer])
+        )
+    changed["mamba_layer"] = replace(mamba, submodules=replace(mamba.submodules, mixer=mixer))
+    return replace(hybrid_stack_spec, submodules=replace(layers, **changed))

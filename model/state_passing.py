@@ -73,7 +73,8 @@ def scan_segments(
         torch.stack([s.log_decay_blh[:, -1] for s in scanned]),
         segments,
     )
-    y_blc = torch.cat([_corrected(s, S, parameters) for s, S in zip(scanned, incoming)], 1)
+    pairs = zip(scanned, incoming, strict=True)
+    y_blc = torch.cat([_corrected(s, S, parameters) for s, S in pairs], 1)
     return Gate.apply(y_blc, z_blc)
 
 

@@ -85,8 +85,11 @@ def validate_sizes_apart(
         num_stages=len(pattern.stages),
         mtp_depths=pattern.mtp_depths,
     )
+    _documents(recipe)
     if (device or recipe.device) == "host":
         _host(recipe)
+    if (device or recipe.device) == "cuda":
+        _cuda(recipe)
     policy_of(recipe)
     _fp8_mamba(recipe, pattern)
     return layout
@@ -217,15 +220,42 @@ def _fp8_mamba(recipe: Recipe, pattern: Pattern) -> None:
         )
 
 
+def _documents(recipe: Recipe) -> None:
+    """Megatron packs documents into one row."""
+    size = recipe.stage.micro_batch_size
+    if recipe.data.inter_document_masking and size > 1:
+        fail(
+            "data.inter_document_masking",
+            True,
+            f"packs one sequence a micro batch, but stage.micro_batch_size={size}",
+            "use stage.micro_batch_size=1",
+        )
+
+
+def _cuda(recipe: Recipe) -> None:
+    """What the GPU libraries do not do."""
+    if recipe.data.inter_document_masking and recipe.parallel.context_parallel_size > 1:
+        fail(
+            "data.inter_document_masking",
+            True,
+            "does not go with context_parallel_size="
+            f"{recipe.parallel.context_parallel_size} on GPUs: Transformer Engine wants every "
+            "document cut into 2 cp equal parts",
+            "use false, parallel.context_parallel_size=1 or device=host",
+        )
+
+
 def _host(recipe: Recipe) -> None:
     """What the stand-ins of a machine without a GPU do not do."""
     parallel, dropout = recipe.parallel, recipe.model.attention_dropout
-    if parallel.context_parallel_size > 1 and dropout > 0:
+    blocks = parallel.context_parallel_size > 1 or recipe.data.inter_document_masking
+    if blocks and dropout > 0:
         fail(
             "model.attention_dropout",
             dropout,
-            "is not implemented without a GPU where attention crosses context-parallel ranks",
-            "use 0, parallel.context_parallel_size=1 or device=cuda",
+            "is not implemented without a GPU where attention crosses context-parallel ranks or "
+            "ends at documents",
+            "use 0, or device=cuda",
         )
     if parallel.moe_token_dispatcher_type == "flex":
         fail(

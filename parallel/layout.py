@@ -87,6 +87,7 @@ def validate_layout(
     sequence_parallel = _sequence_parallel(parallel, "E" in symbols)
     if "M" in symbols:
         _mamba(parallel, model)
+        _mamba_context(parallel, model, stage)
     _tensor(parallel, model)
     if "*" in symbols:
         _attention_context(parallel, model)
@@ -171,6 +172,8 @@ def _mamba(parallel: ParallelConfig, model: ModelConfig) -> None:
     divides(
         "parallel.tensor_model_parallel_size", tp, "model.mamba_num_heads", model.mamba_num_heads
     )
+    if parallel.mamba_context == "state":
+        return
     heads, groups = model.mamba_num_heads // tp, model.mamba_num_groups // tp
     divides(
         "parallel.context_parallel_size", cp, "mamba_num_heads / tensor_model_parallel_size", heads
@@ -184,6 +187,13 @@ def _mamba(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"tensor_model_parallel_size={groups}",
             f"use {listed(fits)}",
         )
+
+
+def _mamba_context(parallel: ParallelConfig, model: ModelConfig, stage: StageConfig) -> None:
+    one_of("parallel.mamba_context", parallel.mamba_context, ("heads", "state"))
+    cp, reach = parallel.context_parallel_size, model.mamba_d_conv - 1
+    if parallel.mamba_context == "state" and cp > 1:
+        at_least("stage.sequence_length", stage.sequence_length, 2 * cp * reach)
 
 
 def _attention_context(parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -254,6 +264,12 @@ def _pipeline(parallel: ParallelConfig, num_layers: int, num_stages: int) -> int
 
 
 def _recompute(parallel: ParallelConfig, mtp_depths: int) -> None:
+    at_least(
+        "parallel.cross_entropy_loss_chunk",
+        parallel.cross_entropy_loss_chunk,
+        1,
+        "all tokens at once",
+    )
     granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
     one_of("parallel.recompute_granularity", granularity, (None, "selective", "full"))
     if modules is not None and granularity != "selective":

@@ -178,6 +178,10 @@ class ParallelConfig:
     cp_comm_type: str = "p2p"
     """How attention meets the keys of other context-parallel ranks: p2p (a ring), all_gather
     (of keys and values) or a2a (every rank sees the whole sequence for its share of heads)."""
+    mamba_context: str = "heads"
+    """How Mamba layers cross context-parallel ranks: heads (Megatron's: every rank sees the whole
+    sequence for its share of heads) or state (every rank keeps its tokens and all heads; states
+    are passed on)."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a layer (ep)."""
     expert_tensor_parallel_size: int = 1
@@ -201,6 +205,9 @@ class ParallelConfig:
     """uniform or block, when full."""
     recompute_num_layers: int | None = None
     """Layers of one recomputed unit, when full."""
+    cross_entropy_loss_chunk: int | None = None
+    """Tokens whose logits exist at one time in the output head and the multi-token-prediction
+    losses; computed again in the backward pass. null: all tokens of a micro batch."""
     timeout_minutes: float = 10.0
     """A collective that takes longer ends the run."""
 
@@ -270,6 +277,9 @@ class DataConfig:
     """Processes that tokenize."""
     cache: str | None = None
     """Folder of sample indices; null: beside the data."""
+    inter_document_masking: bool = False
+    """Documents packed into one sample do not see each other: attention, convolution, state and
+    multi-token prediction end where a document ends, and its last token predicts nothing."""
 
 
 @dataclass

@@ -2,13 +2,16 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recipes.errors import ConfigError
 from recipes.schema import Recipe
 from train.optimizer import train_steps
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
 
 _PROBES = 8
 """Samples hashed to tell whether the data order is still the one of the checkpoint."""
@@ -104,12 +107,37 @@ class Batches:
 
     def _iterate(self, dataset: Any, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
         from megatron.core import parallel_state
-        from megatron.core.utils import get_batch_on_this_cp_rank
+        from megatron.core.utils import (
+            flatten_batch_for_packed_sequences,
+            get_batch_on_this_cp_rank,
+        )
 
         from data.batches import BatchSource
 
         device = torch.cuda.current_device()
         ranks = parallel_state.get_context_parallel_group()
         for batch in BatchSource(dataset, *self._sizes, *self._rank, consumed):
-            part = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=ranks)
+            batch = flatten_batch_for_packed_sequences(batch)  # of one row: cuts the filling
+            part = get_batch_on_this_cp_rank(
+                batch, is_hybrid_cp=False, cp_group=ranks, use_per_sequence_balancing=True
+            )
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
+
+
+def packed_documents(batch: dict[str, torch.Tensor]) -> "PackedSeqParams | None":
+    """Where the documents of a micro batch end, in the form Megatron's layers read; None if
+    documents see each other."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if "cu_seqlens" not in batch:
+        return None
+    ends = batch["cu_seqlens"][0]
+    longest = int(batch["max_seqlen"])
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        total_tokens=int(ends[-1]),
+    )

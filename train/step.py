@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.pattern import Pattern
 from parallel import wire
+from train.batches import packed_documents
 
 
 @dataclass
@@ -72,6 +73,7 @@ def forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tens
         None,
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packed_documents(batch),
     )
     return output, partial(masked_loss_sum, batch["loss_mask"])
 

@@ -4,6 +4,7 @@ One rank's scan is held to the recurrence in tests/unit/test_ssd.py.
 """
 
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ def inputs() -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     return zxbcdt, parameters, ids.to(torch.int32).expand(B, -1), normal(B, L, SIZES.inner)
 
 
+def world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def scan_parameters(tensors: list[Tensor]) -> ScanParameters:
+    conv_weight, conv_bias, dt_bias, A, D = tensors
+    return ScanParameters(conv_weight, conv_bias, dt_bias, A, D, SIZES, 16)
+
+
 def one_rank(packed: bool) -> list[Tensor]:
     """Output and gradients of the whole sequence."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
@@ -63,10 +74,7 @@ def one_rank(packed: bool) -> list[Tensor]:
 
 def check(rank: int, ranks: int) -> None:
     ends, owners = UNEVEN[ranks]
-    layouts = [
-        zigzag_segments(dist.group.WORLD, L),
-        Segments(dist.group.WORLD, ends, owners),
-    ]
+    layouts = [zigzag_segments(world(), L), Segments(world(), ends, owners)]
     for segments, packed in product(layouts, (False, True)):
 
         def mine(t: Tensor, segments: Segments = segments) -> Tensor:
@@ -77,7 +85,7 @@ def check(rank: int, ranks: int) -> None:
         leaves = [t.detach().clone().requires_grad_() for t in (mine(zxbcdt), *parameters)]
         y = scan_segments(
             leaves[0],
-            ScanParameters(*leaves[1:], sizes=SIZES, chunk_size=16),
+            scan_parameters(leaves[1:]),
             segments,
             ids if packed else None,
         )
@@ -96,20 +104,13 @@ def test_equals_one_rank(ranks: int) -> None:
 
 def check_bytes(rank: int, ranks: int, length: int) -> int:
     """Elements this rank gathers, forward and backward."""
-    gathered = 0
-    gather = dist.all_gather_into_tensor
-
-    def counting(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-        nonlocal gathered
-        gathered += output.numel()
-        gather(output, own, group=group)
-
-    dist.all_gather_into_tensor = counting
     zxbcdt, parameters, *_ = inputs()
     x = zxbcdt[:, : length // ranks].clone().requires_grad_()
-    segments = zigzag_segments(dist.group.WORLD, length)
-    scan_segments(x, ScanParameters(*parameters, sizes=SIZES, chunk_size=16), segments).sum().backward()
-    return gathered
+    segments = zigzag_segments(world(), length)
+    name = "all_gather_into_tensor"
+    with mock.patch.object(dist, name, wraps=getattr(dist, name)) as gather:
+        scan_segments(x, scan_parameters(parameters), segments).sum().backward()
+    return sum(call.args[0].numel() for call in gather.call_args_list)
 
 
 def test_communication_does_not_depend_on_the_length() -> None:

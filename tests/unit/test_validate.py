@@ -121,6 +121,13 @@ BROKEN: list[tuple[list[str], list[str]]] = [
         [f"{CP}=4", "parallel.cp_comm_type=a2a"],
         ["cp_comm_type=a2a", "the 2 key/value heads", "use p2p or all_gather"],
     ),
+    (["parallel.mamba_context=ring"], ["mamba_context=ring", "use heads or state"]),
+    (
+        [f"{CP}=4", "parallel.mamba_context=state", "stage.sequence_length=16"],
+        ["sequence_length=16", "use 24 or more"],
+    ),
+    (["parallel.cross_entropy_loss_chunk=0"], ["loss_chunk=0", "or null (all tokens at once)"]),
+    (["data.inter_document_masking=true"], ["micro_batch_size=16", "use stage.micro_batch_size=1"]),
     ([f"{EP}=3"], [f"{EP}=3", "num_moe_experts=16", "use 1, 2, 4, 8 or 16"]),
     ([f"{ETP}=3"], [f"{ETP}=3", "moe_ffn_hidden_size=128"]),
     ([f"{EP}=2", "model.hybrid_layer_pattern=MM*"], [f"{EP}=2", "no MoE layer", "use 1"]),
@@ -262,6 +269,9 @@ def test_host_refuses_what_its_standins_do_not_do():
     assert validate_recipe(load_recipe(["experiment=tiny", *dropout]), device="cuda").cp == 2
     assert "or device=cuda" in message(*dropout, device="host")
     assert "or device=cuda" in message(*dropout, "device=host")
+    documents = ["data.inter_document_masking=true", "stage.micro_batch_size=1"]
+    assert "use 0, or device=cuda" in message(*documents, dropout[1], device="host")
+    assert "or device=host" in message(*documents, f"{CP}=2", device="cuda")
     flex = "parallel.moe_token_dispatcher_type=flex"
     assert "use alltoall or allgather" in message(flex, device="host")
 
