@@ -133,6 +133,23 @@ def test_batch_has_the_promised_form(train):
     assert batch["loss_mask"].all()  # no token of ours is padding
 
 
+def test_documents_of_a_batch_end_at_their_end_token(cfg, train):
+    masked = dataclasses.replace(cfg, inter_document_masking=True)
+    eod = read_tokenizer(cfg).eod
+    batch = next(BatchSource(build_datasets(masked, LENGTH, 7, 120, 0)[0], 16, 16))
+    assert torch.equal(batch["tokens"], next(BatchSource(train, 16, 16))["tokens"])
+    several = 0
+    for tokens, mask, ends in zip(
+        *(batch[key] for key in ("tokens", "loss_mask", "cu_seqlens")), strict=True
+    ):
+        inside = set(ends.tolist()) - {0, LENGTH}
+        assert {i + 1 for i in range(LENGTH - 1) if tokens[i] == eod} == inside
+        # The end token would predict the first token of another document.
+        assert torch.equal(mask == 0, tokens == eod)
+        several += len(inside) > 0
+    assert several > 3  # the interesting case occurs
+
+
 def test_seed_decides_the_training_order_only(cfg):
     def first(seed: int) -> list[torch.Tensor]:
         return [
