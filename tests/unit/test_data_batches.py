@@ -136,8 +136,8 @@ def test_batch_has_the_promised_form(train):
 def test_documents_of_a_batch_end_at_their_end_token(cfg, train):
     masked = dataclasses.replace(cfg, inter_document_masking=True)
     eod = read_tokenizer(cfg).eod
-    batch = next(BatchSource(build_datasets(masked, LENGTH, 7, 120, 0)[0], 16, 16))
-    assert torch.equal(batch["tokens"], next(BatchSource(train, 16, 16))["tokens"])
+    batch = next(BatchSource(build_datasets(masked, LENGTH, 7, 120, 0)[0], 64, 64))
+    assert torch.equal(batch["tokens"], next(BatchSource(train, 64, 64))["tokens"])
     several = 0
     for tokens, mask, ends in zip(
         *(batch[key] for key in ("tokens", "loss_mask", "cu_seqlens")), strict=True
