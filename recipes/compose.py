@@ -89,7 +89,7 @@ def to_yaml(recipe: Recipe) -> str:
 def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
     """Run `main(recipe)` for the overrides in sys.argv and exit with its code.
 
-    A StrataError is printed as one message and exits with 2; `traceback=true` shows where
+    A StrataError is printed as one message and exits with its code, 2; `traceback=true` shows where
     it came from. Ctrl-C exits with 130, unless `main` handles it.
     """
     arguments = sys.argv[1:]
@@ -117,7 +117,7 @@ def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
         if any(a.lower() == "traceback=true" for a in overrides):
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what was saved", file=sys.stderr)
         raise SystemExit(130) from None

@@ -4,6 +4,9 @@
 class StrataError(Exception):
     """Base of every error a user can cause and mend; printed without a traceback."""
 
+    exit_code = 2
+    """Of a command that ends with it."""
+
 
 class ConfigError(StrataError):
     """A recipe that cannot be run as written."""
@@ -19,3 +22,5 @@ class CheckpointError(StrataError):
 
 class PrecisionError(StrataError):
     """Modules that computed in another format than the precision policy's."""
+
+    exit_code = 5

@@ -21,7 +21,14 @@ from train import rundir
 from train.comparison import compare
 from train.comparison_plots import plot_comparison
 from train.finished import read_run
-from train.guards import EXIT_COMPLETE, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER_ERROR, StopRequest
+from train.guards import (
+    EXIT_COMPLETE,
+    EXIT_NON_FINITE,
+    EXIT_PRECISION,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    StopRequest,
+)
 from train.metrics import MetricsFile
 from train.optimizer import train_steps
 from train.report import headline, write_report
@@ -148,7 +155,8 @@ def train_arms(arms: list[Arm]) -> int:
 
     Returns:
         0: every arm is finished, or ended because a loss was not finite, which the verdict then
-        says; 3: stopped by a signal; 2: an arm had a user error, which it has printed.
+        says; 1: an arm did not compute in its formats; 3: stopped by a signal; 2: an arm had a user
+        error. What was wrong, the arm has printed.
 
     Raises:
         StrataError: an arm failed otherwise.
@@ -166,6 +174,9 @@ def train_arms(arms: list[Arm]) -> int:
                 return EXIT_STOPPED
             if code == EXIT_USER_ERROR:
                 return code
+            if code == EXIT_PRECISION:
+                print(f"{arm.name}: FAIL: it did not compute in the formats of its policy")
+                return EXIT_FAILED
             if code not in (EXIT_COMPLETE, EXIT_NON_FINITE):
                 raise StrataError(
                     f"arm {arm.name} ended with exit code {code}; see {arm.folder}/logs"

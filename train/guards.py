@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from data.files import sync
+from recipes.errors import PrecisionError
 
 EXIT_COMPLETE = 0
 """The run reached its last step."""
@@ -22,6 +23,9 @@ EXIT_STOPPED = 3
 """A signal asked the run to stop; everything is saved and the same command goes on."""
 EXIT_NON_FINITE = 4
 """Loss or gradient was not finite and the recipe says stop (or too often)."""
+
+EXIT_PRECISION = PrecisionError.exit_code
+"""A module computed in another format than the precision policy's."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
