@@ -42,6 +42,7 @@ GPU = [
 DEVELOPMENT = [
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
+    "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "ml_dtypes==0.6.0",
     "ruff==0.17.6",

@@ -419,7 +419,7 @@ class ClusterConfig:
     name: str = "local"
     """Name used in messages."""
     threads_per_rank: int | None = None
-    """CPU threads of one rank on a host; null: cores / local ranks."""
+    """CPU threads of one rank on a host; null: cores / local ranks, at most OMP_NUM_THREADS."""
 
 
 @dataclass

@@ -230,7 +230,7 @@ def joined_world(
 
     local = launch.local_world_size if launch else 1
     if backends.device == "host":
-        torch.set_num_threads(recipe.cluster.threads_per_rank or max(1, _cores() // local))
+        torch.set_num_threads(recipe.cluster.threads_per_rank or _threads(local))
     elif launch is not None:
         torch.cuda.set_device(launch.local_rank)
     timeout = datetime.timedelta(minutes=recipe.parallel.timeout_minutes)
@@ -266,5 +266,8 @@ def check_world(world_size: int, launch: Launch | None) -> None:
         )
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _threads(local_ranks: int) -> int:
+    """Threads of one rank: its share of the cores, or OMP_NUM_THREADS where that is less."""
+    share = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(wanted)) if wanted.isdigit() and int(wanted) else share
