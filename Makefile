@@ -7,6 +7,9 @@ INSTALLED := $(VENV)/.installed
 # The tensors of the tests and of the demo are small: more threads would wait for each other.
 export OMP_NUM_THREADS ?= 2
 
+# Two workers of pytest, a file of tests to each at a time: what a file shares is made once.
+PARALLEL ?= -n 2 --dist loadfile
+
 .PHONY: help setup demo test test-all check clean
 .DELETE_ON_ERROR:
 
@@ -33,10 +36,10 @@ demo: $(INSTALLED)
 	$(BIN)/python -m train.demo experiment=tiny stage.train_steps=200 run.dir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
