@@ -1,11 +1,6 @@
 """NVFP4 against blocks worked by hand, its definition in float64, and NVIDIA's own reference."""
 
-import os
-import subprocess
-import sys
-import zipfile
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +10,8 @@ from precision import hadamard, nvfp4
 from precision.blocks import Layout
 from precision.formats import E2M1, decode, unpack_nibbles
 from precision.operand import product, scales
+from tests.unit.oracles import run, unpacked
 
-ROOT = Path(__file__).parents[2]
-WHEEL = "transformer-engine==2.20.2"
 LAYOUTS = [nvfp4.ROWWISE, nvfp4.COLUMNWISE, nvfp4.SQUARE]
 
 
@@ -26,38 +20,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def transformer_engine_sources() -> Path:
-    """The unpacked Python wheel, from the user's cache or from the package index."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strata" / "oracles"
-    folder = cache / WHEEL.replace("==", "-")
-    if not folder.exists():
-        if os.environ.get("STRATA_OFFLINE"):
-            pytest.skip(f"STRATA_OFFLINE is set and {WHEEL} is not in {cache}")
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache)]
-        done = subprocess.run([*command, WHEEL], capture_output=True, text=True)
-        if done.returncode:
-            pytest.fail(
-                f"{WHEEL} could not be downloaded, and NVIDIA's reference is in it; set "
-                f"STRATA_OFFLINE=1 to skip this test\n{done.stderr}"
-            )
-        unpacked = cache / f"unpacking-{os.getpid()}"
-        with zipfile.ZipFile(next(cache.glob("transformer_engine-2.20.2-*.whl"))) as wheel:
-            wheel.extractall(unpacked)
-        if not folder.exists():
-            unpacked.rename(folder)
-    return folder
-
-
 def test_nvidias_reference_agrees_bit_for_bit() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.nvfp4_reference", str(transformer_engine_sources())],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "325 casts, 48 products agree" in done.stdout
+    folder = unpacked("transformer-engine==2.20.2", "NVIDIA's reference")
+    assert "325 casts, 48 products agree" in run("tests.unit.nvfp4_reference", folder)
+
+
+def test_torchao_agrees() -> None:
+    folder = unpacked("torchao==0.18.0", "PyTorch's emulation of MXFP8 and NVFP4")
+    output = run("tests.unit.torchao_reference", folder)
+    assert "48 MXFP8 casts, 12 MXFP8 products, 24 NVFP4 casts agree" in output
 
 
 def test_a_block_by_hand() -> None:

@@ -211,7 +211,7 @@ def test_experts_are_padded_by_zeros_under_allgather():
 @pytest.mark.parametrize("precision", ["nvfp4", "mxfp8"])
 def test_recomputation_changes_no_bit(precision: str, recompute: tuple[str, ...]) -> None:
     # Stochastic rounding draws in the backward pass only, whose order stays the same.
-    found = []
+    found: list[Any] = []
     for overrides in ((), recompute):
         recipe = tiny(f"precision={precision}", *overrides)
         seed_rounding(3)
