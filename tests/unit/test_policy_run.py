@@ -1,8 +1,9 @@
 """The policy on a real Megatron model that runs: what each module says it computed in, inside of
 Megatron's own contexts, in the decoder and in MTP, in training and in validation."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,18 @@ import torch
 
 from model.gemms import policy_of
 from model.hybrid import build_model, transformer_config
-from precision.apply import applied_formats, apply_policy, check_applied, environment, ran_in
+from precision.apply import (
+    applied_formats,
+    apply_policy,
+    check_applied,
+    environment,
+    linear_modules,
+    ran_in,
+)
 from precision.backend import seed_rounding
 from precision.factories import mxfp8_backward, nvfp4_backward
+from precision.policy import block_format
+from precision.telemetry import Tally, layout_of, tally
 from recipes.compose import load_recipe
 from recipes.errors import PrecisionError
 from recipes.schema import Recipe
@@ -228,3 +238,41 @@ def test_recomputation_changes_no_bit(precision: str, recompute: tuple[str, ...]
     assert loss == again
     for name, grad in grads.items():
         assert torch.equal(grad, recomputed[name]), name
+
+
+def test_the_input_of_mamba_output_projections_loses_most_in_nvfp4_and_nothing_in_mxfp8() -> None:
+    # In kind what the white paper of Nemotron 3 reports (section 2.4): up to 40 % of Nano's.
+    flushed: dict[tuple[str, str, str], float] = {}
+    for precision in ("nvfp4_all", "mxfp8"):
+        recipe = tiny(f"precision={precision}")
+        torch.manual_seed(5)
+        model = build(recipe)
+        apply_policy([model], policy_of(recipe))
+        seen: dict[tuple[str, str], Tally] = defaultdict(Tally)
+        for name, module in linear_modules([model]).items():
+            module.observer = partial(_observe, seen, name)  # type: ignore[assignment]
+        step(model)
+        for kind in ("out_proj", "in_proj", "experts.linear_fc1", "linear_qkv"):
+            for role in ("input", "weight", "grad_output"):
+                total = Tally()
+                for (name, where), one in seen.items():
+                    if kind in name and where == role:
+                        total += one
+                flushed[precision, kind, role] = total.shares()["flushed"]
+    of_nvfp4 = {key[1:]: share for key, share in flushed.items() if key[0] == "nvfp4_all"}
+    assert max(of_nvfp4, key=lambda key: of_nvfp4[key]) == ("out_proj", "input")
+    assert 0.2 < of_nvfp4["out_proj", "input"] < 0.4
+    assert of_nvfp4["out_proj", "input"] > 2 * of_nvfp4["out_proj", "weight"]
+    assert all(share < 1e-3 for key, share in flushed.items() if key[0] == "mxfp8")
+
+
+def _observe(
+    seen: dict[tuple[str, str], Tally],
+    name: str,
+    module: Any,
+    role: str,
+    source: torch.Tensor,
+    quantized: torch.Tensor,
+) -> None:
+    form = block_format(module.quantized_with)
+    seen[name, role] += tally(source, quantized, layout_of(form, role, form == "nvfp4"))
