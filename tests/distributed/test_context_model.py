@@ -27,6 +27,15 @@ MODEL = (
 )
 PACKED = "data.inter_document_masking=true"
 STATE = "parallel.mamba_context=state"
+SELECTIVE = (
+    "parallel.recompute_granularity=selective",
+    "parallel.recompute_modules=[core_attn,layernorm,moe]",
+)
+FULL = (
+    "parallel.recompute_granularity=full",
+    "parallel.recompute_method=uniform",
+    "parallel.recompute_num_layers=1",
+)
 CHUNKS = "parallel.cross_entropy_loss_chunk=7"
 
 
@@ -161,8 +170,17 @@ def test_two_ranks_equal_one(whole: Any, overrides: tuple[str, ...]) -> None:
         assert_same(found, whole)
 
 
-@pytest.mark.parametrize("overrides", [(PACKED, "parallel.cp_comm_type=a2a"), (PACKED, STATE)])
+@pytest.mark.parametrize(
+    "overrides", [(PACKED, "parallel.cp_comm_type=a2a"), (PACKED, STATE, *SELECTIVE)]
+)
 def test_packed_documents_over_two_ranks(packed: Any, overrides: tuple[str, ...]) -> None:
+    for found in run_distributed(whole_step, 2, overrides, DOCUMENTS):
+        assert_same(found, packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(PACKED, *FULL), (PACKED, STATE, *FULL)])
+def test_layers_are_recomputed_over_two_ranks(packed: Any, overrides: tuple[str, ...]) -> None:
     for found in run_distributed(whole_step, 2, overrides, DOCUMENTS):
         assert_same(found, packed)
 
