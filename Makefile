@@ -10,14 +10,18 @@ export OMP_NUM_THREADS ?= 2
 # Two workers of pytest, a file of tests to each at a time: what a file shares is made once.
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-all check clean
+.PHONY: help setup demo test test-all test-cluster test-cluster-quick cluster cluster-stop check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make setup     find Python >= 3.12 (or PYTHON=/path), make $(VENV), install Strata (about 6 GB)'
 	@echo 'make demo      train a small model on real text, stop it, resume it, draw its curves; the same in NVFP4, compared'
 	@echo 'make test      the tests but the slow ones'
-	@echo 'make test-all  all tests'
+	@echo 'make test-all  all tests but those on a cluster'
+	@echo 'make cluster   start a small Slurm on this machine (root; installs Debian packages)'
+	@echo 'make cluster-stop  end it'
+	@echo 'make test-cluster  tests on such a Slurm, which they start themselves (half an hour)'
+	@echo 'make test-cluster-quick  the first two minutes of them'
 	@echo 'make check     format, lint and types'
 	@echo 'make clean     remove caches; keeps $(VENV) and runs/'
 
@@ -36,10 +40,22 @@ demo: $(INSTALLED)
 	$(BIN)/python -m train.demo experiment=tiny stage.train_steps=200 run.dir=runs/demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not cluster'
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not cluster'
+
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
+test-cluster-quick: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'cluster and not slow' tests/cluster
+
+cluster: $(INSTALLED)
+	$(BIN)/python -m tests.cluster.lab start
+
+cluster-stop: $(INSTALLED)
+	$(BIN)/python -m tests.cluster.lab stop
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

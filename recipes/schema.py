@@ -413,13 +413,113 @@ class SensitivityConfig:
 
 
 @dataclass
+class EnvironmentVariable:
+    """One variable that every rank of a job gets."""
+
+    name: str = MISSING
+    """Its name."""
+    value: str = MISSING
+    """Its value; `$NAME` of the job's shell is not expanded."""
+    why: str = MISSING
+    """The reason, written beside it into the job script."""
+
+
+@dataclass
+class ContainerConfig:
+    """In what image the ranks run."""
+
+    runtime: str = "none"
+    """none, pyxis (srun --container-image, enroot) or apptainer."""
+    image: str | None = None
+    """Image: a .sqsh file or registry name for pyxis, a .sif file for apptainer."""
+    mounts: list[str] = field(default_factory=list)
+    """`/outside:/inside`. Run directory, data and this project must be among them."""
+
+
+@dataclass
+class HealthConfig:
+    """What every node must pass before the ranks start."""
+
+    enabled: bool = True
+    """Check at all."""
+    timeout_seconds: int = 120
+    """A node that has not answered by then is bad."""
+    min_free_disk_gb: float = 1.0
+    """Free space (10^9 bytes) where the run directory is and in the scratch folder."""
+    min_free_memory_gb: float = 1.0
+    """Memory a node must have to spare (10^9 bytes)."""
+    max_clock_skew_seconds: float = 10.0
+    """A node's clock may differ so much from that of the first node."""
+    max_gpu_temperature: int = 85
+    """Degrees Celsius of a GPU before the run."""
+    max_gpu_memory_used_mb: int = 2000
+    """GPU memory somebody else holds (10^6 bytes)."""
+    all_reduce_mb: float = 16.0
+    """Sum so many megabytes over all ranks once, and compare; 0: do not."""
+
+
+@dataclass
 class ClusterConfig:
-    """Where the ranks come from."""
+    """Where the ranks come from. All but the first two keys are for `python -m slurm.submit`."""
 
     name: str = "local"
     """Name used in messages."""
     threads_per_rank: int | None = None
     """CPU threads of one rank on a host; null: cores / local ranks, at most OMP_NUM_THREADS."""
+    scheduler: str = "none"
+    """none: this machine; slurm: jobs of a Slurm cluster."""
+    partition: str | None = None
+    """Partition; null: the site's default."""
+    account: str | None = None
+    """Account that is charged; null: the user's default."""
+    qos: str | None = None
+    """Quality of service; null: the default."""
+    nodes: int | None = None
+    """Nodes of a job; null: as many as the fewest ranks of the layout need."""
+    gpus_per_node: int = 0
+    """GPUs of a node, each with one rank; 0: ranks without a GPU, see ranks_per_node."""
+    request_gpus: bool = True
+    """Ask for them with --gpus-per-node; false: the site gives whole nodes."""
+    ranks_per_node: int | None = None
+    """Ranks of a node; null: gpus_per_node."""
+    gpus_per_numa_node: int | None = None
+    """Bind rank i of a node to memory and cores of NUMA node i // this (numactl; torchrun asks
+    the GPU itself); null: no binding."""
+    cpus_per_rank: int | None = None
+    """Cores of a rank; null: the site's default."""
+    memory_per_node: str | None = None
+    """Memory of a node as Slurm writes it (`0`: all of it); null: the site's default."""
+    exclusive: bool = False
+    """Share no node with other jobs."""
+    time_limit: str = "4:00:00"
+    """Limit of one start: minutes, H:MM:SS or D-HH:MM:SS. The chain goes on in the next one."""
+    warning_seconds: int = 300
+    """So long before the limit the ranks are told to finish the step and save. Slurm may be up
+    to a minute early."""
+    chain_length: int = 100
+    """Most times one submission starts."""
+    max_strikes: int = 3
+    """Failures in a row without a new checkpoint after which the chain gives up."""
+    dependency: str | None = None
+    """Start when these jobs let it: `afterok:123`, `singleton`, ..."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further #SBATCH options, such as --constraint=h100."""
+    srun: list[str] = field(default_factory=list)
+    """Further options of the training step's srun."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load."""
+    scratch: str | None = None
+    """Fast folder of every node (TMPDIR and caches of compiled kernels); null: /tmp."""
+    environment: list[EnvironmentVariable] = field(default_factory=list)
+    """Variables of every rank, each with its reason."""
+    launcher: str = "srun"
+    """srun: one task a rank; torchrun, or ft (nvidia-resiliency-ext): one launcher a node."""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    """The image the ranks run in."""
+    python: str | None = None
+    """Python of the ranks; null: the one that runs slurm.submit."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """Checks of every node before the ranks start."""
 
 
 @dataclass
@@ -453,3 +553,5 @@ class Recipe:
     """auto (CUDA if there is a GPU), cuda or host."""
     traceback: bool = False
     """Show the traceback of a user error."""
+    dry_run: bool = False
+    """`python -m slurm.submit` prints the job script and queues nothing."""

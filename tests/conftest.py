@@ -29,3 +29,4 @@ prepare_process()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; left out by `make test`")
+    config.addinivalue_line("markers", "cluster: jobs on a real Slurm; `make test-cluster`")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes.errors import StrataError
+from recipes.rules import fail
 from recipes.schema import Recipe
 from train import rundir
 from train.guards import StopRequest
@@ -49,6 +50,8 @@ def in_world(recipe: Recipe, job: Job) -> int:
     # Read by OpenMP when torch is imported: threads that sleep between the many short
     # operations of a small model take longer to wake than to work (measured: 20 % of a step).
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
+    if recipe.dry_run:
+        fail("dry_run", True, "is for python -m slurm.submit", "leave it out to train")
     launch = launched()
     layout = validate_recipe(recipe, launch.world_size if launch else None)
     check_world(layout.world_size, launch)
@@ -136,6 +139,7 @@ def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest)
     finally:
         reporter.close()
     if first:
+        rundir.mark_end(folder, code, state.progress.step)
         plots.plot_run(folder)
     return code
 

@@ -14,7 +14,12 @@ from model.backends import Backends
 from recipes.compose import to_yaml
 from recipes.errors import ConfigError
 from recipes.schema import Recipe
-from train.guards import write_atomically
+from train.guards import EXIT_COMPLETE, EXIT_NON_FINITE, write_atomically
+
+COMPLETE = "complete"
+"""File of a run whose last step is done and saved; it says the step."""
+STOPPED = "stopped"
+"""File of a run that a guard stopped for good; it says why."""
 
 MAY_CHANGE = (
     "parallel",
@@ -27,6 +32,7 @@ MAY_CHANGE = (
     "run.dir",
     "device",
     "traceback",
+    "dry_run",
     "stage.train_steps",
     "stage.train_tokens",
     "stage.micro_batch_size",
@@ -52,6 +58,7 @@ NOT_LEARNING = (
     "run.dir",
     "device",
     "traceback",
+    "dry_run",
     "data.cache",
     "data.sources",
     "data.prepare_if_missing",
@@ -104,6 +111,8 @@ def prepare(recipe: Recipe, backends: Backends) -> None:
     with usable(folder):
         for name in ("checkpoints", "plots", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        for name in (COMPLETE, STOPPED):
+            (folder / name).unlink(missing_ok=True)
         write_atomically(folder / "config.json", json.dumps(asdict(recipe), indent=1) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))
         command = shlex.join([sys.executable, "-m", "train", *sys.argv[1:]])
@@ -111,6 +120,15 @@ def prepare(recipe: Recipe, backends: Backends) -> None:
             file.write(command + "\n")
         environment = {"backends": backends.as_dicts(), "python": sys.version}
         write_atomically(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def mark_end(folder: Path, code: int, step: int) -> None:
+    """Leave word of an end for good: exit codes are lost on the way through launchers."""
+    if code == EXIT_COMPLETE:
+        write_atomically(folder / COMPLETE, f"{step}\n")
+    elif code == EXIT_NON_FINITE:
+        reason = f"loss or gradient of step {step + 1} was not finite; see bad_steps.json"
+        write_atomically(folder / STOPPED, f"{reason}\n")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,9 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glo
 ELSEWHERE = {
     "make demo": "tests/end_to_end/test_demo.py",
     "make test": "this is it",
+    "make cluster": "tests/cluster/test_docs.py",
+    "make cluster-stop": "tests/cluster/test_docs.py",
+    "python -m slurm.status run.dir=runs/two": "tests/cluster/test_docs.py",
     "pip install -e '.[gpu]'": "needs a GPU; the names are checked in tests/unit/test_project.py",
 }
 """Commands that are not run here, and why."""
@@ -24,7 +27,8 @@ ELSEWHERE = {
 
 def elsewhere(command: str) -> bool:
     """Whether another test runs it."""
-    return command in ELSEWHERE or "sensitivity" in command
+    on_a_cluster = "runs/two" in command and "cluster=lab" in command
+    return command in ELSEWHERE or "sensitivity" in command or on_a_cluster
 
 
 def commands() -> list[str]:

@@ -178,7 +178,7 @@ def test_ci_checks_and_tests():
     assert os.access(run, os.X_OK)
     lines = run.read_text().splitlines()
     assert "set -euo pipefail" in lines
-    assert lines[-2:] == ["make check", "make test"]
+    assert lines[-3:] == ["make check", "make test", "make test-cluster-quick"]
 
 
 def test_pins_are_exact_and_are_what_is_installed():

@@ -1,0 +1,139 @@
+"""`python -m slurm.status run.dir=...`: how a run is doing, from its directory and the queue."""
+
+import datetime
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recipes.compose import run_cli
+from recipes.errors import ConfigError
+from recipes.schema import Recipe
+from recipes.tables import table
+from slurm import client
+from slurm.submit import submitted
+
+_RECENT = 20
+"""Steps whose median time tells how long the rest takes."""
+
+
+def main(recipe: Recipe) -> int:
+    """Print the status of recipe.run.dir.
+
+    Raises:
+        ConfigError: nothing was submitted or trained there.
+    """
+    folder = Path(recipe.run.dir).resolve()
+    jobs = submitted(folder)
+    if not jobs and not (folder / "config.json").exists():
+        raise ConfigError(f"run.dir={folder} holds no run; give that of slurm.submit or of train")
+    queue = client.queued(jobs[-1]) if jobs else []
+    for name, text in status(folder, jobs, queue):
+        print(f"{name:<11}{text}")
+    events = _lines(folder / "slurm" / "chain.jsonl")
+    if events:
+        print(f"\n{history(events)}")
+    return 0
+
+
+def status(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    """Name and text of each line.
+
+    Args:
+        jobs: numbers of the submitted jobs, the newest last.
+        queue: what squeue says about the newest (slurm.client.queued).
+    """
+    yield "run", str(folder)
+    yield "state", _state(folder, jobs, queue)
+    records, steps = _lines(folder / "metrics.jsonl"), _steps(folder)
+    if records:
+        last = records[-1]
+        of = f" of {steps} ({last['step'] / steps:.0%})" if steps else ""
+        yield "step", f"{last['step']}{of}"
+        yield "loss", f"{last['loss']:.4f}" if last["loss"] is not None else "not finite"
+        yield "speed", f"{last['tokens_per_second']:,.0f} tokens/s"
+        if steps and last["step"] < steps:
+            second = statistics.median(r["seconds"] for r in records[-_RECENT:])
+            yield "left", f"{duration(second * (steps - last['step']))} of training"
+    else:
+        yield "step", f"none of {steps} yet" if steps else "none yet"
+    latest = _text(folder / "checkpoints" / "latest")
+    yield "checkpoint", latest or "none yet"
+    yield "strikes", f"{_text(folder / 'strikes') or 0} failures in a row without a new checkpoint"
+    bad = [line.replace("\t", ": ") for line in _text(folder / "bad-nodes").splitlines()]
+    if bad:
+        yield "bad nodes", "; ".join(bad)
+
+
+def history(events: list[dict[str, Any]]) -> str:
+    """A table of what happened to the chain."""
+    rows = [("when", "job", "nodes", "checkpoint", "what")]
+    for e in events:
+        rows.append((e["time"], e["job"], e["nodes"], e["latest"], f"{e['event']}: {e['reason']}"))
+    return table(rows, left=(0, 1, 2, 3, 4))
+
+
+def duration(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 5 min` or `40 s`."""
+    whole = datetime.timedelta(seconds=round(seconds))
+    hours, rest = divmod(whole.seconds, 3600)
+    if whole.days:
+        return f"{whole.days} d {hours} h"
+    if hours:
+        return f"{hours} h {rest // 60} min"
+    return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
+
+
+def _state(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> str:
+    if queue:
+        mine = _mine(folder, queue)
+        where = f" on {mine['nodes']}" if mine["nodes"] else ""
+        if mine["state"] == "RUNNING":
+            return f"running: job {mine['task']}{where}, {mine['left']} of the time limit left"
+        why = "" if mine["reason"] == "None" else f" ({mine['reason']})"
+        return f"{mine['state'].lower()}: job {mine['task']}{where}{why}"
+    if complete := _text(folder / "complete"):
+        return f"complete at step {complete}"
+    if stopped := _text(folder / "stopped"):
+        return f"stopped: {stopped}"
+    events = _lines(folder / "slurm" / "chain.jsonl")
+    if not jobs:
+        return "not submitted to Slurm from this directory"
+    if not client.available("squeue"):
+        return f"unknown: job {jobs[-1]} cannot be asked for, there is no squeue on this machine"
+    if events and events[-1]["event"] == "end":
+        return f"ended: {events[-1]['reason']}"
+    return f"ended: job {jobs[-1]} is not in the queue and its script did not say why"
+
+
+def _mine(folder: Path, queue: list[dict[str, str]]) -> dict[str, str]:
+    """The task of an array that works in this directory."""
+    events = _lines(folder / "slurm" / "chain.jsonl")
+    task = str(events[-1].get("task", "")) if events else ""
+    return next((t for t in queue if task and t["task"] == task), queue[0])
+
+
+def _steps(folder: Path) -> int | None:
+    """Steps of the whole run."""
+    config = folder / "config.json"
+    if not config.exists():
+        return None
+    stage = json.loads(config.read_text())["stage"]
+    if stage["train_steps"] is not None:
+        return int(stage["train_steps"])
+    return -(-int(stage["train_tokens"]) // (stage["global_batch_size"] * stage["sequence_length"]))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a file of JSON lines; none if there is no file."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+
+
+def _text(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+if __name__ == "__main__":
+    run_cli(main, "slurm.status")

@@ -1,0 +1,278 @@
+#!/bin/bash
+# Written by: python -m slurm.submit experiment=super_120b_a12b
+#
+#SBATCH --job-name=strata-super
+#SBATCH --output=/shared/runs/super/slurm/1/job-%j.log
+#SBATCH --partition=train
+#SBATCH --account=team
+#SBATCH --qos=long
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=4:00:00
+#SBATCH --dependency=singleton
+#SBATCH --exclude=gpu07
+# A start that ends before the run does goes on in the next one, in the same log.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# To this script alone, which tells the ranks.
+#SBATCH --signal=B:USR1@300
+#SBATCH --constraint=h100&ib
+
+set -u -o pipefail
+
+# ---- What is run -----------------------------------------------------------------------------
+
+run_dir=/shared/runs/super
+recipe=/shared/runs/super/slurm/1/run
+python=/shared/strata/.venv/bin/python
+cd '/home/me/my work' || exit 2
+export PYTHONPATH=/shared/strata${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 # a log says what has happened, also when its process is killed
+module load cuda/12.9
+export TMPDIR=/scratch
+export TRITON_CACHE_DIR="$TMPDIR/triton-$SLURM_JOB_ID" # kernels compiled on a node stay there
+# one hardware queue, so that communication of tensor parallelism starts before the product it hides behind
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+# memory of tensors that NCCL has read is free again without waiting for the allocator
+export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+# NVLink SHARP buffers cost memory that the model needs
+export NCCL_NVLS_ENABLE=0
+# expert batches change size every step and would fragment the memory
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+
+# Slurm counts the starts of a job, but says nothing of it on the first one.
+restart=${SLURM_RESTART_COUNT:-0}
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR=$first_node
+# Below the ports Linux hands out by itself; another one each start, as the last may be in use.
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))
+mkdir -p "$run_dir/logs" "$run_dir/slurm"
+
+container=(
+    --container-image=/images/strata.sqsh
+    --container-mounts=/shared:/shared
+    --container-workdir="$PWD"
+    --no-container-mount-home
+)
+inside=()
+
+# ---- The chain: every start but the last ends by asking for the next ----------------------------
+#
+# All it knows is in files of the run directory:
+#   complete             the last step is done and saved (written by train)
+#   stopped              a guard stopped the run for good, and why (written by train)
+#   checkpoints/latest   the newest whole checkpoint (written by train)
+#   strikes              failures in a row without a new checkpoint
+#   bad-nodes            nodes that failed a check, and why
+#   slurm/begun          `latest` when the ranks of a start began; gone when that start has ended
+#   slurm/chain.jsonl    what happened, a line each
+
+max_strikes=3
+chain_length=100
+# As squeue names it: a task of an array has two numbers.
+task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+task=${task:-$SLURM_JOB_ID}
+step_id=   # process of the srun that runs now
+warned=    # the time limit is near
+asked=     # Slurm has asked us to leave
+code=0
+
+say() { echo "$(date '+%F %T') $*"; }
+
+latest() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
+
+strikes() { cat "$run_dir/strikes" 2>/dev/null || echo 0; }
+
+record() { # record EVENT REASON
+    printf '{"time": "%s", "job": "%s", "task": "%s", "restart": %d, "nodes": "%s", "latest": "%s", "event": "%s", "reason": "%s"}\n' \
+        "$(date '+%F %T')" "$SLURM_JOB_ID" "$task" "$restart" "$SLURM_JOB_NODELIST" "$(latest)" "$1" "$2" \
+        >>"$run_dir/slurm/chain.jsonl"
+    say "$1: $2"
+}
+
+# End for good: no start follows.
+finish() { # finish CODE REASON
+    record end "$2"
+    rm -f "$run_dir/slurm/begun"
+    exit "$1"
+}
+
+# Count a start that failed; end for good when there were too many without a new checkpoint.
+strike() { # strike REASON
+    local count=0
+    if [ "$(latest)" = "$(cat "$run_dir/slurm/begun" 2>/dev/null)" ]; then
+        count=$(($(strikes) + 1))
+    fi
+    rm -f "$run_dir/slurm/begun"
+    echo "$count" >"$run_dir/strikes"
+    if [ "$count" -ge "$max_strikes" ]; then
+        finish 1 "gave up after $count failures without a new checkpoint, the last: $1"
+    fi
+}
+
+# Put this job back into the queue, without the bad nodes.
+again() { # again REASON
+    local bad
+    if [ $((restart + 1)) -ge "$chain_length" ]; then
+        finish 1 "$1; this was start $((restart + 1)) of cluster.chain_length=$chain_length"
+    fi
+    record requeue "$1"
+    rm -f "$run_dir/slurm/begun"
+    trap '' TERM # comes with the requeue
+    scontrol requeue "$SLURM_JOB_ID" || finish 1 "Slurm refuses to requeue this job"
+    # The job is pending now, though this script still runs: only a pending job's nodes can be
+    # changed. Without StartTime it would wait until its old credentials have expired.
+    bad=$(cut -f 1 "$run_dir/bad-nodes" 2>/dev/null | sort -u | paste -sd ,)
+    scontrol update JobId="$SLURM_JOB_ID" StartTime=now ${bad:+ExcNodeList="$bad"}
+    exit 0
+}
+
+# Run a command so that traps run at once; $code says how it ended.
+in_foreground() {
+    "$@" &
+    step_id=$!
+    while :; do
+        wait "$step_id"
+        code=$?
+        # A trapped signal ends `wait` before the command has ended.
+        kill -0 "$step_id" 2>/dev/null || break
+    done
+    step_id=
+}
+
+# shellcheck disable=SC2329 # called by a trap
+on_warning() {
+    warned=1
+    say "300 s of the time limit are left: the ranks finish their step and save"
+    # srun passes it on. Ranks that are still starting do not hear it, so it is said again.
+    (while [ -n "$step_id" ] && kill -USR1 "$step_id" 2>/dev/null; do sleep 5; done) &
+}
+
+# shellcheck disable=SC2329 # called by a trap
+on_leave() {
+    asked=1
+    say "Slurm asks this job to leave"
+}
+
+# One field of Slurm's record of this job.
+field() { scontrol show job "$SLURM_JOB_ID" -o | grep -o " $1=[^ ]*" | head -n 1 | cut -d = -f 2; }
+
+# What to do when the ranks have ended, however they did.
+after_the_ranks() { # after_the_ranks EXIT_CODE
+    if [ -e "$run_dir/complete" ]; then
+        rm -f "$run_dir/strikes"
+        finish 0 "complete at step $(cat "$run_dir/complete")"
+    fi
+    if [ -e "$run_dir/stopped" ]; then
+        finish 4 "stopped: $(cat "$run_dir/stopped")"
+    fi
+    if [ -n "$asked" ]; then
+        if [ "$(field Restarts)" -gt "$restart" ]; then
+            record requeue "preempted, or requeued from outside"
+            rm -f "$run_dir/slurm/begun"
+            exit 0
+        elif [ "$(field Reason)" = TimeLimit ]; then
+            strike "the time limit came before a checkpoint"
+            again "time limit, before the ranks had saved"
+        elif [ "$(field JobState)" = RUNNING ]; then
+            again "asked to leave (preemption with a grace time)"
+        fi
+        finish 3 "cancelled"
+    fi
+    if [ -n "$warned" ]; then
+        strike "the time limit came before a checkpoint"
+        again "time limit"
+    fi
+    strike "the ranks ended with exit code $1"
+    again "the ranks ended with exit code $1; see $run_dir/logs"
+}
+
+trap on_warning USR1
+trap on_leave TERM
+
+if [ -e "$run_dir/complete" ]; then
+    finish 0 "complete at step $(cat "$run_dir/complete")"
+fi
+if [ -e "$run_dir/stopped" ]; then
+    finish 4 "stopped: $(cat "$run_dir/stopped")"
+fi
+if [ -e "$run_dir/slurm/begun" ]; then # the last start could not say how it ended
+    record lost "the last start was cut off: a node failed, or its script was killed"
+    strike "cut off"
+fi
+latest >"$run_dir/slurm/begun"
+record start "start $((restart + 1)), strikes $(strikes)"
+
+# ---- The nodes, before the ranks -------------------------------------------------------------
+
+answers="$run_dir/slurm/health/$SLURM_JOB_ID.$restart"
+mkdir -p "$answers"
+health=(
+    --folder "$answers"
+    --disk "$run_dir" "${TMPDIR:-/tmp}"
+    --gpus 8
+    --time "$(date +%s)"
+    --min-free-disk-gb 1.0
+    --min-free-memory-gb 1.0
+    --max-clock-skew-seconds 10.0
+    --max-gpu-temperature 85
+    --max-gpu-memory-used-mb 2000
+)
+in_foreground timeout 120 srun --nodes=8 --ntasks=8 --ntasks-per-node=1 \
+    --overlap --kill-on-bad-exit=0 --output="$answers/%t.log" \
+    "${container[@]}" "${inside[@]}" "$python" -m slurm.health "${health[@]}"
+[ -z "$asked$warned" ] || after_the_ranks 0
+good=0
+found=()
+for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    answer=$(cat "$answers/$node" 2>/dev/null || echo "has not answered the health check")
+    if [ "$answer" = ok ]; then
+        good=$((good + 1))
+    else
+        found+=("$node"$'\t'"$answer")
+        say "bad node $node: $answer"
+    fi
+done
+if [ "$good" -eq 0 ]; then # then it is not the nodes
+    strike "no node passed the health check"
+    again "no node passed the health check; see $answers"
+fi
+if [ ${#found[@]} -gt 0 ]; then
+    printf '%s\n' "${found[@]}" >>"$run_dir/bad-nodes"
+    rm -f "$run_dir/slurm/begun" # no failure of the run
+    again "bad nodes: $(printf '%s\n' "${found[@]}" | cut -f 1 | paste -sd ,)"
+fi
+in_foreground timeout 120 srun --nodes=8 --ntasks=64 --ntasks-per-node=8 \
+    --overlap --kill-on-bad-exit=1 --output="$answers/all-reduce-%t.log" \
+    "${container[@]}" "${inside[@]}" "$python" -m parallel.all_reduce 16.0
+[ -z "$asked$warned" ] || after_the_ranks 0
+if [ "$code" -ne 0 ]; then
+    strike "the all-reduce before the run failed"
+    again "the all-reduce before the run failed; see $answers"
+fi
+
+# ---- The ranks -------------------------------------------------------------------------------
+
+ranks=(
+    --nodes=8 --ntasks=64 --ntasks-per-node=8
+    --cpus-per-task=12
+    --kill-on-bad-exit=1 # one lost rank ends the others
+    --output="$run_dir/logs/rank%t.log" --open-mode=append
+    --mpi=pmix
+)
+train=("$python" -m train --config-dir "$recipe" experiment=submitted run.dir="$run_dir")
+
+# The warning reaches every process of a node and ends one that does not expect it, so it is ignored
+# until the ranks have a handler.
+# shellcheck disable=SC2016 # expanded on the node
+# A rank has cores and memory of the NUMA node of its GPU.
+on_node='trap "" USR1; numa=$((SLURM_LOCALID / 4)); exec numactl --cpunodebind=$numa --membind=$numa "$@"'
+launcher=()
+in_foreground srun "${ranks[@]}" "${container[@]}" "${inside[@]}" \
+    bash -c "$on_node" node "${launcher[@]}" "${train[@]}"
+
+after_the_ranks "$code"

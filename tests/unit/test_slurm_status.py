@@ -1,0 +1,161 @@
+"""What slurm.status says of run directories in every state, and the health check of a node."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm import client, health
+from slurm.status import duration, history, status
+
+RUNNING = {"task": "7", "state": "RUNNING", "nodes": "n[1-2]", "left": "1:02", "reason": "None"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run at step 30 of 40, restarted once."""
+    monkeypatch.setattr(client, "available", lambda program="sbatch": True)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "slurm").mkdir()
+    stage = {"train_steps": None, "train_tokens": 4e4, "global_batch_size": 10}
+    config = {"stage": stage | {"sequence_length": 100}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoints/latest").write_text("iter_0000020\n")
+    records = [
+        {"step": i, "loss": 5 - i / 100, "tokens_per_second": 1234.5, "seconds": 60.0}
+        for i in range(1, 31)
+    ]
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 31, "lo')  # being written
+    event(tmp_path, "start", "start 1, strikes 0")
+    return tmp_path
+
+
+def event(folder: Path, name: str, reason: str, task: str = "7") -> None:
+    entry = {"time": "2026-01-02 03:04:05", "job": "7", "task": task, "restart": 0}
+    entry |= {"nodes": "n[1-2]", "latest": "none", "event": name, "reason": reason}
+    with (folder / "slurm/chain.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def lines(folder: Path, queue: list[dict[str, str]]) -> dict[str, str]:
+    return dict(status(folder, ["7"], queue))
+
+
+def test_running(folder: Path) -> None:
+    said = lines(folder, [RUNNING])
+    assert said["state"] == "running: job 7 on n[1-2], 1:02 of the time limit left"
+    assert said["step"] == "30 of 40 (75%)"
+    assert said["loss"] == "4.7000"
+    assert said["speed"] == "1,234 tokens/s"
+    assert said["left"] == "10 min 0 s of training"
+    assert said["checkpoint"] == "iter_0000020"
+    assert said["strikes"].startswith("0 ")
+    assert "bad nodes" not in said
+
+
+def test_a_task_of_an_array_finds_itself(folder: Path) -> None:
+    event(folder, "start", "start 1", task="7_1")
+    tasks = [RUNNING | {"task": "7_0"}, RUNNING | {"task": "7_1", "nodes": "n3"}]
+    assert "job 7_1 on n3" in lines(folder, tasks)["state"]
+
+
+def test_pending_says_why(folder: Path) -> None:
+    pending = RUNNING | {"state": "PENDING", "nodes": "", "reason": "Resources"}
+    assert lines(folder, [pending])["state"] == "pending: job 7 (Resources)"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "state"),
+    [
+        ("complete", "40\n", "complete at step 40"),
+        ("stopped", "loss of step 31 was not finite\n", "stopped: loss of step 31"),
+    ],
+)
+def test_ended_for_good(folder: Path, file: str, text: str, state: str) -> None:
+    (folder / file).write_text(text)
+    assert lines(folder, [])["state"].startswith(state)
+
+
+def test_ended_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines(folder, [])["state"].endswith("its script did not say why")
+    event(folder, "end", "gave up after 3 failures")
+    (folder / "strikes").write_text("3\n")
+    (folder / "bad-nodes").write_text("n1\ttoo hot\nn2\tno disk\n")
+    said = lines(folder, [])
+    assert said["state"] == "ended: gave up after 3 failures"
+    assert said["strikes"].startswith("3 ")
+    assert said["bad nodes"] == "n1: too hot; n2: no disk"
+    monkeypatch.setattr(client, "available", lambda program="sbatch": False)
+    assert "no squeue on this machine" in lines(folder, [])["state"]
+
+
+def test_history(folder: Path) -> None:
+    event(folder, "requeue", "time limit")
+    events = [json.loads(x) for x in (folder / "slurm/chain.jsonl").read_text().splitlines()]
+    assert history(events).splitlines()[-1].endswith("requeue: time limit")
+
+
+def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    pending = RUNNING | {"state": "PENDING", "nodes": "", "reason": "Priority"}
+    said = lines(tmp_path, [pending])
+    assert (said["step"], said["checkpoint"]) == ("none yet", "none yet")
+
+
+def test_durations() -> None:
+    wanted = {40: "40 s", 61: "1 min 1 s", 7500: "2 h 5 min", 273_600: "3 d 4 h"}
+    assert {s: duration(s) for s in wanted} == wanted
+
+
+def limits(folder: Path, behind: float = 0, **changes: Any) -> argparse.Namespace:
+    values = {
+        "disk": [folder],
+        "gpus": 0,
+        "time": time.time() - behind,
+        "min_free_disk_gb": 0,
+        "min_free_memory_gb": 0,
+        "max_clock_skew_seconds": 10,
+        "max_gpu_temperature": 85,
+        "max_gpu_memory_used_mb": 2000,
+    }
+    return argparse.Namespace(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"min_free_disk_gb": 1e9}, ["less than 1e+09"]),
+        ({"disk": ["/no/such/folder"]}, ["No such file"]),
+        ({"min_free_memory_gb": 1e9}, ["memory free"]),
+        ({"behind": 3600}, ["clock differs by 36"]),
+        ({"gpus": 8}, ["nvidia-smi"]),
+    ],
+)
+def test_health(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: list[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = list(health.problems(limits(tmp_path, **changes)))
+    assert len(found) == len(words) and all(w in f for w, f in zip(words, found, strict=True))
+
+
+def test_health_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The four things nvidia-smi can say against a GPU, and what is fine."""
+    rows = ["0, 60, 12, 0, Not Active", "1, 91, 12, [N/A], Not Active", "2, 60, 40000, 0, Active"]
+    rows += ["3, 60, 12, 5, Not Active"]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = list(health.problems(limits(tmp_path, gpus=8)))
+    assert found == [
+        "4 GPUs instead of 8",
+        "GPU 1 has 91 C, more than 85",
+        "GPU 2 has 40000 MiB in use by somebody else",
+        "GPU 2 runs below its clock (hardware slowdown)",
+        "GPU 3 has 5 uncorrected memory errors",
+    ]
