@@ -36,6 +36,7 @@ FULL = (
     "parallel.recompute_method=uniform",
     "parallel.recompute_num_layers=1",
 )
+TENSOR = "parallel.tensor_model_parallel_size=2"
 CHUNKS = "parallel.cross_entropy_loss_chunk=7"
 
 
@@ -111,7 +112,7 @@ def step(
 def whole_step(
     rank: int, ranks: int, overrides: tuple[str, ...], documents: list[int]
 ) -> tuple[Tensor, list[float], dict[str, Tensor]]:
-    cp = f"parallel.context_parallel_size={ranks}"
+    cp = f"parallel.context_parallel_size={ranks // 2 if TENSOR in overrides else ranks}"
     packed = documents if PACKED in overrides else None
     return step(build((*overrides, cp)), batch_of(documents), packed)
 
@@ -190,6 +191,18 @@ def test_layers_are_recomputed_over_two_ranks(packed: Any, overrides: tuple[str,
 def test_packed_documents_over_four_ranks(packed: Any, overrides: tuple[str, ...]) -> None:
     for found in run_distributed(whole_step, 4, overrides, DOCUMENTS):
         assert_same(found, packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(PACKED,), (PACKED, STATE, CHUNKS, *SELECTIVE)])
+def test_with_tensor_and_sequence_parallelism(packed: Any, overrides: tuple[str, ...]) -> None:
+    """Every loss, and the gradients of a rank's rows of the first and of the last matrix, which
+    all others lie between."""
+    losses, mtp, gradients = packed
+    split = ("embedding.word_embeddings.weight", "output_layer.weight")
+    for rank, found in enumerate(run_distributed(whole_step, 4, (TENSOR, *overrides), DOCUMENTS)):
+        rows = {name: gradients[name].chunk(2)[rank % 2] for name in split}
+        assert_same((*found[:2], {name: found[2][name] for name in split}), (losses, mtp, rows))
 
 
 def test_chunks_of_the_loss_equal_the_whole(whole: Any) -> None:
