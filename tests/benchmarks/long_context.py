@@ -4,9 +4,10 @@
 
 Trains the tiny model for two optimizer steps of one sequence at each length, with states passed
 between ranks, losses in chunks and selective recomputation, and prints one JSON object a line:
-peak memory of the larger rank, the share of it above an idle rank (libraries, weights), and the
-seconds of the second step. Further overrides are passed on. Needs the prepared data of
-`python -m data.prepare experiment=tiny`; lengths beyond 131072 take hours on a small machine.
+peak memory of rank 0 (the ranks hold equally much), what of it is above a rank with next to no
+tokens (libraries, weights), and the seconds of the second step. Further overrides are passed on.
+Needs the prepared data of `python -m data.prepare experiment=tiny`; lengths beyond 131072 take
+hours on a small machine.
 """
 
 import json
@@ -38,7 +39,7 @@ RECIPE = (
 
 
 def measure(length: int, overrides: list[str]) -> tuple[float, float]:
-    """Peak memory of a rank in GiB and seconds of the second step."""
+    """Peak memory of rank 0 in GiB and seconds of the second step."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         command = [sys.executable, "-m", "train", *RECIPE, *overrides]
