@@ -183,6 +183,32 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     return 3.0 * sum(forward_flops(model, sequence_length).values())
 
 
+def published_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of one training token as the published throughput tables of Megatron-Bridge count
+    them (Megatron-LM's `hybrid_flops`, megatron/training/training.py), to compare with them.
+
+    Unlike `flops_per_token`: the inner width of Mamba is taken as 2d whatever it is (Nano's is
+    4096, not 5376: 7 % too much), the scan as 7 FLOPs a state element; convolution, router and
+    eh_proj are left out, and S / 2 keys are met instead of (S + 1) / 2.
+    """
+    pattern = parse_pattern(model.hybrid_layer_pattern)
+    symbols = Counter(pattern.main + pattern.mtp * pattern.mtp_depths)
+    d, heads = model.hidden_size, model.num_attention_heads
+    inner, state = 2 * d, model.mamba_state_dim
+    rows = 2 * inner + 2 * model.mamba_num_groups * state + model.mamba_num_heads
+    mamba = 2.0 * d * rows + 7.0 * inner * state + 2.0 * inner * d
+    keys = d + d * model.num_query_groups / heads + sequence_length / 2
+    attention = 4.0 * heads * model.kv_channels * keys
+    width = model.moe_latent_size or d
+    experts = 4.0 * width * (model.moe_ffn_hidden_size or 0) * model.moe_router_topk
+    experts += 4.0 * d * (model.moe_shared_expert_intermediate_size or 0)
+    experts += 4.0 * d * width if model.moe_latent_size else 0.0
+    mlp = 4.0 * d * (model.ffn_hidden_size or 0)
+    costs = {"M": mamba, "*": attention, "E": experts, "-": mlp}
+    head = 2.0 * d * model.vocab_size * (1 + pattern.mtp_depths)
+    return 3.0 * (head + sum(count * costs[symbol] for symbol, count in symbols.items()))
+
+
 def count_parameters(recipe: Recipe) -> Counts:
     """Build the recipe's model on the meta device, in one piece whatever its layout, and count.
 

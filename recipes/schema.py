@@ -459,6 +459,18 @@ class HealthConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What `python -m parallel.plan` does. A run ignores it."""
+
+    ranks: int | None = None
+    """GPUs to plan for; null: the fewest the layout needs."""
+    search: bool = False
+    """Look for the layouts of these GPUs that fit and rank them by predicted throughput."""
+    show: int = 10
+    """Layouts of the search to show."""
+
+
+@dataclass
 class ClusterConfig:
     """Where the ranks come from. All but the first two keys are for `python -m slurm.submit`."""
 
@@ -520,6 +532,8 @@ class ClusterConfig:
     """Python of the ranks; null: the one that runs slurm.submit."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """Checks of every node before the ranks start."""
+    gpu: str = "h100"
+    """What `python -m parallel.plan` plans for: h100, h200, b200, b300, gb200 or gb300."""
 
 
 @dataclass
@@ -548,6 +562,7 @@ class Recipe:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     run: RunConfig = field(default_factory=RunConfig)
     device: str = "auto"
     """auto (CUDA if there is a GPU), cuda or host."""

@@ -1,0 +1,322 @@
+"""`python -m parallel.plan experiment=super_120b_a12b cluster.gpu=gb200`: what a layout needs.
+
+Memory of each pipeline rank, bytes it sends, FLOPs, a predicted step time, the largest micro
+batch that fits; with plan.search=true the layouts that fit, ranked. Plain Python: neither torch
+nor megatron is imported. plan.md says what the numbers are worth.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from parallel.gpus import Gpu, gpu_named
+from parallel.layout import Layout, validate_layout
+from parallel.memory import Job, Memory, Share, memory, shares
+from parallel.roofline import StepTime, step_time
+from parallel.traffic import Traffic, traffic
+from recipes.compose import run_cli
+from recipes.errors import ConfigError
+from recipes.rules import at_least
+from recipes.schema import ParallelConfig, Recipe
+from recipes.tables import table
+
+
+@dataclass(frozen=True)
+class Work:
+    """Training FLOPs of a token by format (bf16, mxfp8, nvfp4, other), by place."""
+
+    layers: tuple[Mapping[str, float], ...]
+    """Of each decoder layer."""
+    mtp: Mapping[str, float]
+    """Of all multi-token-prediction depths, their heads left out."""
+    head: float
+    """Of the output head, once."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout and what it needs."""
+
+    recipe: Recipe
+    layout: Layout
+    ranks: list[tuple[Share, Memory, list[Traffic], StepTime]]
+    """Of each pipeline rank."""
+
+    @property
+    def needed(self) -> float:
+        """Bytes of the rank that needs most."""
+        return max(m.total for _, m, _, _ in self.ranks)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: the slowest rank's."""
+        return max(t.total for *_, t in self.ranks)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        stage = self.recipe.stage
+        tokens = stage.global_batch_size * stage.sequence_length
+        return tokens / self.seconds / self.layout.world_size
+
+
+def main(recipe: Recipe) -> int:
+    """Print the plan; a recipe that is not valid raises ConfigError before it."""
+    from model.pattern import parse_pattern
+
+    at_least("plan.ranks", recipe.plan.ranks, 1, "the fewest the layout needs")
+    at_least("plan.show", recipe.plan.show, 1)
+    gpu = gpu_named(recipe.cluster.gpu)
+    pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
+    work = work_of(recipe)
+    if recipe.plan.search:
+        print(_search(recipe, pattern, work, gpu))
+        return 0
+    from model.validate import validate_recipe
+
+    layout = validate_recipe(recipe, recipe.plan.ranks, "cuda")
+    print(describe(make_plan(recipe, layout, pattern, work, gpu), pattern, work, gpu))
+    return 0
+
+
+def work_of(recipe: Recipe) -> Work:
+    """FLOPs of the recipe's model in the formats its precision policy starts with."""
+    from model.counts import layer_flops
+    from model.gemms import policy_of
+    from model.pattern import parse_pattern
+
+    model, length = recipe.model, recipe.stage.sequence_length
+    pattern = parse_pattern(model.hybrid_layer_pattern)
+
+    def cost(symbols: str) -> defaultdict[str, float]:
+        flops = (3 * sum(layer_flops(model, s, length).values()) for s in symbols)
+        return defaultdict(float, other=sum(flops))
+
+    layers = [cost(symbol) for symbol in pattern.main]
+    mtp = cost(pattern.mtp * pattern.mtp_depths)
+    mtp["other"] += pattern.mtp_depths * 12 * model.hidden_size**2
+    for decision in policy_of(recipe).start:
+        place = mtp if decision.gemm.layer is None else layers[decision.gemm.layer]
+        flops, name = decision.gemm.flops, decision.format
+        place["other"] -= 3 * flops
+        backward_only = name.endswith("_backward")
+        place["bf16" if backward_only or name == "bf16" else name] += flops
+        place[name.removesuffix("_backward")] += 2 * flops
+    return Work(tuple(layers), mtp, 6.0 * model.hidden_size * model.vocab_size)
+
+
+def make_plan(recipe: Recipe, layout: Layout, pattern: Any, work: Work, gpu: Gpu) -> Plan:
+    """What a valid layout needs on a GPU.
+
+    Args:
+        pattern: the parsed `model.hybrid_layer_pattern` (model.pattern.Pattern).
+    """
+    job = Job(recipe.model, recipe.parallel, recipe.precision, recipe.stage, layout, on_gpu=True)
+    ranks = []
+    for share in shares(pattern.stages, pattern.mtp, pattern.mtp_depths, layout.pp):
+        sent = traffic(job, share)
+        flops = _flops(job, share, work, pattern)
+        seconds = step_time(job, share, gpu, flops, sent)
+        ranks.append((share, memory(job, share), sent, seconds))
+    return Plan(recipe, layout, ranks)
+
+
+def _flops(job: Job, share: Share, work: Work, pattern: Any) -> dict[str, float]:
+    """FLOPs a token of a share, the forward pass again for what is recomputed."""
+    total: defaultdict[str, float] = defaultdict(float)
+    again_all = job.parallel.recompute_granularity == "full"
+    for index in _indices(share, pattern, job.layout.pp):
+        again = again_all or (pattern.main[index] == "E" and job.recomputes("moe"))
+        for kind, count in work.layers[index].items():
+            total[kind] += count * (4 / 3 if again else 1)
+    for kind, count in work.mtp.items() if share.mtp else ():
+        total[kind] += count
+    total["bf16"] += work.head * (share.last + share.mtp_depths)
+    return total
+
+
+def _indices(share: Share, pattern: Any, pp: int) -> Iterator[int]:
+    """Global numbers of a share's layers."""
+    cut = shares(pattern.stages, "", 0, pp)
+    pieces = sorted(
+        (v * pp + other.rank, piece) for other in cut for v, piece in enumerate(other.pieces)
+    )
+    start = 0
+    for position, piece in pieces:
+        if position % pp == share.rank:
+            yield from range(start, start + len(piece))
+        start += len(piece)
+
+
+def describe(plan: Plan, pattern: Any, work: Work, gpu: Gpu) -> str:
+    """The whole plan as text."""
+    from model.counts import flops_per_token, published_flops_per_token
+
+    recipe, layout = plan.recipe, plan.layout
+    model, stage = recipe.model, recipe.stage
+    true = flops_per_token(model, stage.sequence_length)
+    published = published_flops_per_token(model, stage.sequence_length)
+    model_flops = plan.tokens_per_second * true
+    fits = "fits" if plan.needed <= gpu.memory else "DOES NOT FIT"
+    largest = _largest_micro_batch(plan, pattern, work, gpu)
+    facts = [
+        ("GPU", f"{recipe.cluster.gpu}, {gpu.memory / 1e9:.0f} GB: {fits}"),
+        ("layout", str(layout)),
+        ("largest micro batch that fits", str(largest or "none")),
+        ("GFLOP per token, of the model", f"{true / 1e9:,.1f}"),
+        ("GFLOP per token, as throughput tables count", f"{published / 1e9:,.1f}"),
+        ("predicted seconds per step", f"{plan.seconds:,.2f}"),
+        ("predicted tokens/s per GPU", f"{plan.tokens_per_second:,.0f}"),
+        ("predicted TFLOP/s per GPU, of the model", f"{model_flops / 1e12:,.0f}"),
+    ]
+    width = max(len(name) for name, _ in facts)
+    lines = "\n".join(f"{name.ljust(width)}  {text}" for name, text in facts)
+    return "\n\n".join(
+        [
+            f"{model.name}, sequences of {stage.sequence_length}, micro batch "
+            f"{stage.micro_batch_size}, {stage.global_batch_size} sequences a step",
+            lines,
+            _memory_table(plan),
+            _traffic_table(plan),
+            _time_table(plan),
+        ]
+    )
+
+
+def _memory_table(plan: Plan) -> str:
+    names = ("parameters", "gradients", "optimizer", "activations", "buffers", "reserved")
+    rows: list[tuple[str, ...]] = [("GB a rank", *names, "total")]
+    for share, needs, _, _ in plan.ranks:
+        values = [getattr(needs, name) for name in names] + [needs.total]
+        rows.append((f"pipeline rank {share.rank}", *(f"{v / 1e9:,.2f}" for v in values)))
+    return table(rows, left=(0,))
+
+
+def _traffic_table(plan: Plan) -> str:
+    purposes = list(dict.fromkeys(x.purpose for _, _, sent, _ in plan.ranks for x in sent))
+    rows: list[tuple[str, ...]] = [("GB a rank sends in a step", *purposes)]
+    for share, _, sent, _ in plan.ranks:
+        of = {p: sum(x.bytes for x in sent if x.purpose == p) for p in purposes}
+        rows.append((f"pipeline rank {share.rank}", *(f"{of[p] / 1e9:,.3f}" for p in purposes)))
+    return table(rows, left=(0,))
+
+
+def _time_table(plan: Plan) -> str:
+    names = ("compute", "memory", "communication", "bubble")
+    rows: list[tuple[str, ...]] = [("seconds of a step", *names, "total")]
+    for share, _, _, seconds in plan.ranks:
+        values = [getattr(seconds, name) for name in names] + [seconds.total]
+        rows.append((f"pipeline rank {share.rank}", *(f"{v:,.3f}" for v in values)))
+    return table(rows, left=(0,))
+
+
+def _largest_micro_batch(plan: Plan, pattern: Any, work: Work, gpu: Gpu) -> int:
+    """Of those that divide the batch; 0: none fits."""
+    recipe, layout = plan.recipe, plan.layout
+    sequences = recipe.stage.global_batch_size // layout.dp
+    found = 0
+    for size in (s for s in range(1, min(sequences, 64) + 1) if sequences % s == 0):
+        larger = replace(recipe, stage=replace(recipe.stage, micro_batch_size=size))
+        steps = replace(layout, num_microbatches=sequences // size)
+        if make_plan(larger, steps, pattern, work, gpu).needed > gpu.memory:
+            break
+        found = size
+    return found
+
+
+RECOMPUTED: tuple[tuple[str | None, list[str] | None], ...] = (
+    (None, None),
+    ("selective", ["moe_act", "layernorm"]),
+    ("selective", ["moe", "layernorm"]),
+)
+"""What the search tries to recompute."""
+
+
+def _candidates(recipe: Recipe, ranks: int, num_layers: int) -> Iterator[ParallelConfig]:
+    """Layouts worth trying; most are not valid. Experts are not split further."""
+    model = recipe.model
+    powers = [1 << i for i in range(10)]
+    long = recipe.stage.sequence_length >= 32_768
+    for tp in (1, 2, 4, 8):
+        for pp in (p for p in range(1, 17) if num_layers % p == 0):
+            for cp in powers[:7] if long else (1,):
+                for ep in (e for e in powers if (model.num_moe_experts or 1) % e == 0):
+                    if ranks % (tp * pp * cp) or ranks % (ep * pp):
+                        continue
+                    for granularity, modules in RECOMPUTED:
+                        yield replace(
+                            recipe.parallel,
+                            tensor_model_parallel_size=tp,
+                            pipeline_model_parallel_size=pp,
+                            context_parallel_size=cp,
+                            expert_model_parallel_size=ep,
+                            expert_tensor_parallel_size=1,
+                            data_parallel_size=None,
+                            sequence_parallel=None,
+                            recompute_granularity=granularity,
+                            recompute_modules=modules,
+                        )
+
+
+def search(recipe: Recipe, ranks: int, pattern: Any, work: Work, gpu: Gpu) -> list[Plan]:
+    """Every layout of so many GPUs that is valid and fits, best first. Stages are cut evenly."""
+    whole = replace(pattern, stages=(pattern.main,))
+    found = []
+    for parallel in _candidates(recipe, ranks, len(pattern.main)):
+        for size in (1, 2, 4):
+            stage = replace(recipe.stage, micro_batch_size=size)
+            try:
+                layout = validate_layout(
+                    parallel,
+                    recipe.model,
+                    stage,
+                    ranks,
+                    symbols=pattern.main + pattern.mtp,
+                    num_layers=len(pattern.main),
+                    num_stages=1,
+                    mtp_depths=pattern.mtp_depths,
+                )
+            except ConfigError:
+                continue
+            tried = replace(recipe, parallel=parallel, stage=stage)
+            plan = make_plan(tried, layout, whole, work, gpu)
+            if plan.needed <= gpu.memory:
+                found.append(plan)
+    return sorted(found, key=lambda plan: -plan.tokens_per_second)
+
+
+def _search(recipe: Recipe, pattern: Any, work: Work, gpu: Gpu) -> str:
+    ranks = recipe.plan.ranks
+    if ranks is None:
+        raise ConfigError("plan.search=true needs plan.ranks: the number of GPUs to lay out")
+    found = search(recipe, ranks, pattern, work, gpu)
+    if not found:
+        raise ConfigError(
+            f"plan.ranks={ranks}: no layout of {recipe.model.name} fits {recipe.cluster.gpu}; "
+            "use more GPUs, a larger one or shorter sequences"
+        )
+    rows: list[tuple[str, ...]] = [
+        ("tokens/s per GPU", "GB", "tp", "pp", "cp", "ep", "dp", "micro batch", "recomputed")
+    ]
+    for plan in found[: recipe.plan.show]:
+        layout = plan.layout
+        rows.append(
+            (
+                f"{plan.tokens_per_second:,.0f}",
+                f"{plan.needed / 1e9:.1f}",
+                *(str(getattr(layout, n)) for n in ("tp", "pp", "cp", "ep", "dp")),
+                str(plan.recipe.stage.micro_batch_size),
+                ", ".join(_names(plan.recipe.parallel)) or "-",
+            )
+        )
+    title = f"{recipe.model.name} on {ranks} {recipe.cluster.gpu}: {len(found)} layouts fit"
+    return title + "\n" + table(rows, left=(8,))
+
+
+def _names(parallel: ParallelConfig) -> Sequence[str]:
+    return parallel.recompute_modules or ()
+
+
+if __name__ == "__main__":
+    run_cli(main, "parallel.plan")

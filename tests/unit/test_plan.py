@@ -1,0 +1,155 @@
+"""The planner against published counts and figures, and against itself where rules are simple."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from model.counts import published_flops_per_token
+from model.pattern import parse_pattern
+from model.validate import validate_recipe
+from parallel.gpus import GPUS
+from parallel.memory import Job, memory, parameters, shares
+from parallel.plan import Plan, make_plan, search, work_of
+from recipes.compose import load_recipe
+from recipes.errors import ConfigError
+from recipes.schema import Recipe
+
+PARAMETERS = {
+    "nano_30b_a3b": 31_577_940_288 - 23 * 128,
+    "super_120b_a12b": 123_611_033_088 - 41 * 512,
+    "ultra_550b_a55b": 560_524_603_904 - 49 * 512,
+}
+"""Elements of the released checkpoints without the router biases, which are buffers."""
+
+TFLOPS = [
+    # experiment, sequence, TFLOP/s and tokens/s of a GPU (Megatron-Bridge, performance-summary,
+    # its archive, and model verification cards)
+    ("nano_30b_a3b", 8192, 776, 34_816),
+    ("nano_30b_a3b", 8192, 831, 37_316),
+    ("nano_30b_a3b", 8192, 328, 14_719),
+    ("nano_30b_a3b", 8192, 938, 42_094),
+    ("super_120b_a12b", 8192, 831, 9_856),
+    ("super_120b_a12b", 8192, 600, 7_040),
+    ("super_120b_a12b", 8192, 667, 7_867),
+    ("super_120b_a12b", 8192, 689, 8_131),
+    ("super_120b_a12b", 4096, 248.6, 2_969),
+    ("ultra_550b_a55b", 8192, 1_281, 3_552),
+]
+
+THROUGHPUT = [
+    # experiment, precision, GPU, GPUs, tp, ep, micro batch, sequences, tokens/s of a GPU
+    ("nano_30b_a3b", "mxfp8", "gb300", 8, 1, 8, 4, 512, 39_936),
+    ("nano_30b_a3b", "mxfp8", "gb200", 8, 1, 8, 4, 512, 34_816),
+    ("super_120b_a12b", "mxfp8", "gb200", 64, 2, 64, 1, 512, 7_040),
+    ("super_120b_a12b", "nvfp4", "gb200", 64, 2, 64, 1, 512, 7_168),
+    ("super_120b_a12b", "bf16", "gb200", 64, 2, 64, 1, 512, 6_600),
+    ("super_120b_a12b", "mxfp8", "gb300", 64, 1, 64, 1, 512, 9_856),
+    ("super_120b_a12b", "nvfp4", "gb300", 64, 1, 64, 1, 512, 10_240),
+    ("super_120b_a12b", "mxfp8", "b200", 64, 1, 8, 1, 512, 6_400),
+    ("ultra_550b_a55b", "mxfp8", "gb200", 256, 2, 64, 1, 256, 2_528),
+    ("ultra_550b_a55b", "mxfp8", "gb300", 256, 1, 64, 1, 256, 3_552),
+]
+"""Published (same sources), MTP and 8192 tokens; BF16 is 559 TFLOP/s in the table's counting."""
+
+
+def plan(recipe: Recipe, ranks: int | None, gpu: str) -> Plan:
+    layout = validate_recipe(recipe, ranks)
+    pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
+    return make_plan(recipe, layout, pattern, work_of(recipe), GPUS[gpu])
+
+
+def job_of(*overrides: str) -> tuple[Job, Any]:
+    recipe = load_recipe([*overrides, "run.dir=unused"])
+    layout = validate_recipe(recipe)
+    arguments = (recipe.model, recipe.parallel, recipe.precision, recipe.stage, layout)
+    return Job(*arguments, on_gpu=True), parse_pattern(recipe.model.hybrid_layer_pattern)
+
+
+@pytest.mark.parametrize(("name", "elements"), PARAMETERS.items())
+def test_parameters_of_a_whole_model_are_those_released(name: str, elements: int) -> None:
+    job, pattern = job_of(f"experiment={name}", "parallel=single")
+    (share,) = shares(pattern.stages, pattern.mtp, pattern.mtp_depths, 1)
+    assert sum(parameters(job, share)) == elements
+
+
+@pytest.mark.parametrize(("name", "sequence", "tflops", "tokens"), TFLOPS)
+def test_the_convention_of_the_throughput_tables(
+    name: str, sequence: int, tflops: float, tokens: int
+) -> None:
+    model = load_recipe([f"experiment={name}"]).model
+    published = tflops * 1e12 / tokens
+    assert published_flops_per_token(model, sequence) == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("row", THROUGHPUT)
+def test_published_throughput_within_a_quarter(row: tuple[Any, ...]) -> None:
+    name, precision, gpu, ranks, tp, ep, size, batch, published = row
+    recipe = load_recipe(
+        [
+            f"experiment={name}",
+            f"precision={precision}",
+            "parallel=single",
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.expert_model_parallel_size={ep}",
+            "parallel.overlap_grad_reduce=true",
+            "parallel.overlap_param_gather=true",
+            f"stage.micro_batch_size={size}",
+            f"stage.global_batch_size={batch}",
+        ]
+    )
+    assert plan(recipe, ranks, gpu).tokens_per_second == pytest.approx(published, rel=0.25)
+
+
+def test_memory_follows_what_is_split_and_recomputed() -> None:
+    name = "experiment=super_120b_a12b"
+    pipeline = "parallel.pipeline_model_parallel_size=4"
+    job, pattern = job_of(name, pipeline)
+    cut = shares(pattern.stages, pattern.mtp, pattern.mtp_depths, 4)
+    assert "".join(share.layers for share in cut) == pattern.main
+    # 1F1B: earlier ranks hold more micro batches; the last one holds the heads.
+    first, second = (memory(job, share).activations for share in cut[:2])
+    assert first > second
+    recomputed, _ = job_of(
+        name,
+        pipeline,
+        "parallel.recompute_granularity=selective",
+        "parallel.recompute_modules=[moe]",
+    )
+    assert memory(recomputed, cut[0]).activations < memory(job, cut[0]).activations
+    wider, _ = job_of(name, pipeline, "parallel.tensor_model_parallel_size=4")
+    assert memory(wider, cut[1]).activations == pytest.approx(second / 2, rel=0.02)
+
+
+def test_the_search_ranks_what_fits() -> None:
+    recipe = load_recipe(["experiment=nano_30b_a3b", "stage.global_batch_size=512"])
+    pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
+    found = search(recipe, 16, pattern, work_of(recipe), GPUS["h100"])
+    speeds = [each.tokens_per_second for each in found]
+    assert speeds == sorted(speeds, reverse=True) and speeds
+    assert all(each.needed <= GPUS["h100"].memory for each in found)
+    assert all(each.layout.world_size == 16 for each in found)
+    assert not search(recipe, 1, pattern, work_of(recipe), GPUS["h100"])
+
+
+def test_the_command_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['plan', 'experiment=super_120b_a12b', 'cluster.gpu=gb200']\n"
+        "import runpy\n"
+        "try: runpy.run_module('parallel.plan', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'megatron'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "largest micro batch that fits" in done.stdout
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    from parallel.plan import main
+
+    with pytest.raises(ConfigError, match=r"cluster.gpu=a100.*h100"):
+        main(load_recipe(["experiment=tiny", "cluster.gpu=a100"]))
+    with pytest.raises(ConfigError, match=r"plan.ranks"):
+        main(load_recipe(["experiment=tiny", "plan.search=true"]))
