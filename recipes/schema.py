@@ -344,6 +344,9 @@ class StageConfig:
 class CheckpointConfig:
     """When the state is written and what is kept."""
 
+    load: str | None = None
+    """Start from the weights of this checkpoint or run (optimizer, schedule and data start anew),
+    unless run.dir has a checkpoint of its own."""
     save_interval: int | None = None
     """Save every so many steps; null: only at the end and on a signal."""
     async_save: bool = False
@@ -471,6 +474,46 @@ class PlanConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """What `python -m model.convert` converts. Training ignores it."""
+
+    source: str | None = None
+    """Run directory, checkpoint or Hugging Face folder to read; the first path given."""
+    target: str | None = None
+    """Folder to write; the second path given."""
+    dtype: str | None = None
+    """bf16 or fp32, for all but the FP32 vectors; null: as in the source."""
+    shard_gigabytes: float = 5.0
+    """Size of one file (10^9 bytes)."""
+    workers: int = 2
+    """Files written at once."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums first."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer to export; null: the run's."""
+
+
+@dataclass
+class MergeConfig:
+    """What `python -m model.merge` averages. Training ignores it."""
+
+    sources: list[str] = field(default_factory=list)
+    """Checkpoints, oldest first; or one run, for its checkpoints."""
+    target: str | None = None
+    """Folder to write; the last path given."""
+    last: int | None = None
+    """Only the newest so many checkpoints of a run; null: all it has kept."""
+    weights: list[float] = field(default_factory=list)
+    """Weight of each, oldest first; empty: those that emulate a minus-sqrt decay."""
+    evaluate: bool = True
+    """Then print the validation loss of each checkpoint and of their mean."""
+    shard_gigabytes: float = 5.0
+    """Size of one file (10^9 bytes)."""
+    workers: int = 2
+    """Files written at once."""
+
+
+@dataclass
 class ClusterConfig:
     """Where the ranks come from. All but the first two keys are for `python -m slurm.submit`."""
 
@@ -563,6 +606,8 @@ class Recipe:
     compare: CompareConfig = field(default_factory=CompareConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     run: RunConfig = field(default_factory=RunConfig)
     device: str = "auto"
     """auto (CUDA if there is a GPU), cuda or host."""

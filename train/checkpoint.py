@@ -196,7 +196,7 @@ class Checkpointer:
         if missing or unexpected:
             raise CheckpointError(
                 f"{path} does not fit this model; only in the checkpoint: "
-                f"{_some(missing)}; only in the model: {_some(unexpected)}"
+                f"{some(missing)}; only in the model: {some(unexpected)}"
             )
         for i, chunk in enumerate(state.chunks):
             unwrap_model(chunk).load_state_dict(
@@ -351,7 +351,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     set_rounding_state(state.get("rounding"))  # checkpoints of before have none
 
 
-def _some(names: set[str]) -> str:
+def some(names: set[str]) -> str:
+    """A few of the names, for a message."""
     shown = sorted(names)
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     return ", ".join(shown[:5]) + more if shown else "nothing"

@@ -110,6 +110,7 @@ def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest)
     from train.metrics import Reporter
     from train.optimizer import train_steps
     from train.trainer import Trainer
+    from train.weights import load_weights
 
     folder, first = Path(recipe.run.dir), dist.get_rank() == 0
     state, routers = build_state(recipe, layout)
@@ -118,6 +119,9 @@ def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest)
         folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append
     )
     resumed = checkpointer.load(state)
+    if not resumed and recipe.checkpoint.load is not None:
+        weights = load_weights(Path(recipe.checkpoint.load), state)
+        said.append(f"weights of {weights}")
     if not resumed:
         write_identity(recipe, data, state.chunks)
     reporter = Reporter(

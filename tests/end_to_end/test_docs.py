@@ -20,6 +20,17 @@ ELSEWHERE = {
     "make cluster": "tests/cluster/test_docs.py",
     "make cluster-stop": "tests/cluster/test_docs.py",
     "python -m slurm.status run.dir=runs/two": "tests/cluster/test_docs.py",
+    "python -m model.convert to_hf runs/mine exported": "tests/end_to_end/test_convert.py",
+    "python -m model.convert from_hf exported imported": "tests/end_to_end/test_convert.py",
+    "python -m train --config-dir imported/recipes experiment=tiny model=exported "
+    "checkpoint.load=imported run.dir=runs/on": "tests/end_to_end/test_convert.py",
+    "python -m model.merge runs/mine merged": "tests/end_to_end/test_convert.py",
+    'python -m train.generate runs/mine --prompt "def f(" --prompt "import" --tokens 40': (
+        "tests/end_to_end/test_convert.py"
+    ),
+    'python -m train.generate exported --prompt "def f(" --speculate 2': (
+        "tests/end_to_end/test_convert.py"
+    ),
     "pip install -e '.[gpu]'": "needs a GPU; the names are checked in tests/unit/test_project.py",
 }
 """Commands that are not run here, and why."""

@@ -1,0 +1,1 @@
+"""Megatron torch_dist checkpoints <-> Hugging Face `nemotron_h` folders; see ../conversion.md."""

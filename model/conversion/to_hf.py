@@ -1,0 +1,142 @@
+"""A Megatron checkpoint -> a Hugging Face folder."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.conversion.common import (
+    HF_EXTRAS,
+    check_options,
+    compare,
+    cut,
+    model_config,
+    numel,
+    report,
+    task,
+    wanted_dtype,
+    write_json,
+)
+from model.conversion.config import check_expressible, config_json
+from model.conversion.safetensors_files import INDEX, SINGLE, write_file
+from model.conversion.table import Pair, pairs
+from model.conversion.tokenizer import copy_tokenizer, special_tokens
+from model.conversion.torch_dist import (
+    TorchDistReader,
+    find_checkpoint,
+    native_shapes,
+    saved_recipe,
+    verify,
+)
+from model.conversion.work import Work
+from recipes.errors import CheckpointError
+from recipes.schema import ConvertConfig
+
+_KEPT = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "rescale_prenorm_residual",
+    "mamba_ssm_cache_dtype",
+)
+"""Fields of an imported config.json that an export repeats."""
+
+
+def to_hf(options: ConvertConfig) -> Path:
+    """Write the folder options.target from the checkpoint or run options.source.
+
+    Raises:
+        ConfigError: an option is missing or out of range.
+        CheckpointError: the checkpoint is missing, damaged or incomplete, holds other tensors than
+            its model has, or is a model that Hugging Face's Nemotron-H cannot express.
+    """
+    started = time.monotonic()
+    source, target = check_options(options)
+    checkpoint = find_checkpoint(source)
+    recipe = saved_recipe(checkpoint)
+    model = model_config(recipe["model"])
+    check_expressible(model, str(checkpoint))
+    reader = TorchDistReader(checkpoint)
+    plan = pairs(model)
+    compare(checkpoint, native_shapes(plan), reader.shapes)
+    tokenizer = _tokenizer(options, checkpoint, recipe)
+    work = Work(target, task("to_hf", checkpoint, reader.files(), options))
+    if options.verify:
+        verify(checkpoint, reader.files(), options.workers)
+
+    def dtype(pair: Pair) -> torch.dtype:
+        if pair.row.fp32:
+            return torch.float32
+        return wanted_dtype(options) or reader.dtype(pair.native[0].name)
+
+    def size(pair: Pair) -> int:
+        return sum(numel(s.shape) for s in pair.hf) * dtype(pair).itemsize
+
+    parts, sizes = cut(plan, size, options.shard_gigabytes)
+    files = [_file_name(i, len(parts)) for i in range(len(parts))]
+
+    def write(part: int, advance: Callable[[int], object]) -> None:
+        def tensors() -> Iterator[Tensor]:
+            for pair in parts[part]:
+                values = pair.to_hf([reader.read(spec) for spec in pair.native])
+                yield from (value.to(dtype(pair)) for value in values)
+                advance(size(pair))
+
+        entries = [(s.name, dtype(pair), s.shape) for pair in parts[part] for s in pair.hf]
+        write_file(target / files[part], entries, tensors())
+
+    work.run(sizes, write, options.workers, "writing")
+    places = {s.name: files[i] for i, part in enumerate(parts) for p in part for s in p.hf}
+    if len(parts) > 1:
+        write_json(target / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": places})
+    matrices = next(dtype(pair) for pair in plan if not pair.row.fp32)
+    config = config_json(model, str(matrices).removeprefix("torch."))
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, target)
+        config |= special_tokens(tokenizer)
+    config |= _former_config(checkpoint)
+    report(
+        target,
+        started,
+        direction="to_hf",
+        source=str(checkpoint),
+        tensors=len(places),
+        bytes=sum(sizes),
+    )
+    write_json(target / "config.json", config)
+    work.finish()
+    return target
+
+
+def _file_name(part: int, parts: int) -> str:
+    return SINGLE if parts == 1 else f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
+def _former_config(checkpoint: Path) -> dict[str, Any]:
+    """What the config.json an import came from says of matters that are not the model's."""
+    file = checkpoint / HF_EXTRAS / "config.json"
+    former = json.loads(file.read_text()) if file.exists() else {}
+    return {key: former[key] for key in _KEPT if key in former}
+
+
+def _tokenizer(options: ConvertConfig, checkpoint: Path, recipe: dict[str, Any]) -> Path | None:
+    """The folder of the tokenizer: the given one, that of the import, or that of the run."""
+    if options.tokenizer is not None:
+        folder = Path(options.tokenizer).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"convert.tokenizer={folder} is not a folder; give one with tokenizer.json"
+            )
+        return folder
+    imported = checkpoint / HF_EXTRAS
+    if imported.is_dir():
+        return imported
+    used = recipe.get("data", {}).get("tokenizer", {})
+    if used.get("library") == "huggingface" and Path(used.get("path") or "/nowhere").is_dir():
+        return Path(used["path"])
+    return None

@@ -1,0 +1,58 @@
+"""The tokenizer and other small files that travel with the weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_SPECIAL = ("bos", "eos", "pad")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files that are there."""
+    for name in _TOKENIZER:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def copy_extras(source: Path, target: Path) -> None:
+    """Copy every file of a Hugging Face folder but the weights and their index."""
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+        if file.is_file() and not weights:
+            shutil.copyfile(file, target / file.name)
+
+
+def special_tokens(folder: Path) -> dict[str, int | None]:
+    """bos_token_id, eos_token_id and pad_token_id as the tokenizer has them; None: has none."""
+    config = _json(folder / "tokenizer_config.json")
+    tokenizer = _json(folder / "tokenizer.json")
+    if not tokenizer:
+        return {}
+    ids = dict(tokenizer.get("model", {}).get("vocab", {}))
+    if not isinstance(tokenizer.get("model", {}).get("vocab"), dict):
+        ids = {}
+    ids |= {t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}
+    result: dict[str, int | None] = {}
+    for kind in _SPECIAL:
+        token = config.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        result[f"{kind}_token_id"] = ids.get(text)
+    return result
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}

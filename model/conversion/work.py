@@ -1,0 +1,120 @@
+"""Writing a folder in parts: in parallel, with a progress bar, and on again after a kill.
+
+What is done is noted in `.conversion` inside the target folder. The files that make the folder
+readable are written last, and the notes are removed after them, so a folder is either whole or
+says that it is not.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import CheckpointError
+
+_NOTES = ".conversion"
+_TASK = "task.json"
+
+
+class Work:
+    """The writing of one folder.
+
+    Args:
+        target: the folder; new, empty, or left unfinished by the same task.
+        task: what is written and from what; JSON. Work goes on only where it is the same.
+
+    Raises:
+        CheckpointError: the folder holds something else.
+    """
+
+    def __init__(self, target: Path, task: dict[str, Any]) -> None:
+        self.target = target
+        self._notes = target / _NOTES
+        note = self._notes / _TASK
+        if note.exists():
+            if json.loads(note.read_text()) != task:
+                raise CheckpointError(
+                    f"{target} holds the unfinished work of another command; remove it, or choose "
+                    "another folder"
+                )
+            return
+        if target.exists() and any(target.iterdir()):
+            raise CheckpointError(f"{target} is not empty; choose another folder, or remove it")
+        self._notes.mkdir(parents=True, exist_ok=True)
+        _write(note, json.dumps(task, indent=1).encode())
+
+    def run(
+        self,
+        sizes: Sequence[int],
+        write: Callable[[int, Callable[[int], object]], Any],
+        workers: int,
+        title: str,
+    ) -> list[Any]:
+        """Write the parts that are not there yet.
+
+        Args:
+            sizes: bytes of each part.
+            write: writes a part, given its number and a function to report bytes to; what it
+                returns is kept.
+            workers: threads.
+            title: of the progress bar.
+
+        Returns:
+            What `write` returned for each part, now or before a kill.
+        """
+        results: list[Any] = [None] * len(sizes)
+        left = []
+        for part in range(len(sizes)):
+            done = self._notes / f"{part}.pickle"
+            if done.exists():
+                results[part] = pickle.loads(done.read_bytes())
+            else:
+                left.append(part)
+        finished = sum(sizes) - sum(sizes[part] for part in left)
+        with progress(title, sum(sizes), finished) as advance:
+
+            def one(part: int) -> None:
+                results[part] = write(part, advance)
+                _write(self._notes / f"{part}.pickle", pickle.dumps(results[part]))
+
+            in_parallel(one, left, workers)
+        return results
+
+    def finish(self) -> None:
+        """Everything is written: drop the notes."""
+        shutil.rmtree(self._notes)
+
+
+@contextmanager
+def progress(title: str, total: int, initial: int = 0) -> Iterator[Callable[[int], object]]:
+    """A progress bar over bytes; gives the function that advances it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=initial, desc=title, unit="B", unit_scale=True) as bar:
+        yield bar.update
+
+
+def in_parallel(action: Callable[[Any], None], items: Sequence[Any], workers: int) -> None:
+    """Run the action on every item; the first failure ends it and is raised."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(action, item) for item in items}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                if future.exception() is not None:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                future.result()
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

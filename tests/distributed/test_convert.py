@@ -1,0 +1,60 @@
+"""A checkpoint is the same to the converter in whatever layout it was saved."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.conversion.to_hf import to_hf
+from tests.distributed.harness import run_distributed
+from tests.unit.conversion import build, model_of, options, save, scramble, tensors
+from tests.unit.world import fresh_world
+
+FIELDS: dict[str, Any] = {"hybrid_layer_pattern": "ME|*-E/*E/*E"}
+LAYOUTS = {
+    "tensor": {"tensor_model_parallel_size": 2},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "expert": {"expert_model_parallel_size": 2},
+    "expert tensor": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+}
+
+
+def resave(rank: int, world_size: int, native: str, target: str, sizes: dict[str, Any]) -> None:
+    """Load a checkpoint in another layout and save it there."""
+    from megatron.core import parallel_state
+
+    from parallel.groups import initialize_groups
+    from recipes.schema import ParallelConfig
+    from tests.unit.conversion import load
+
+    parallel = replace(ParallelConfig(), **sizes)
+    initialize_groups(parallel, seed=rank + 1)
+    model = model_of(FIELDS)
+    first = parallel_state.is_pipeline_first_stage()
+    last = parallel_state.is_pipeline_last_stage()
+    network = build(model, parallel, pre_process=first, post_process=last)
+    load(network, Path(native))
+    save(network, Path(target), model)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    model = model_of(FIELDS)
+    with fresh_world():
+        network = build(model)
+        scramble(network, seed=3)
+        save(network, folder / "native", model)
+    to_hf(options(folder / "native", folder / "hf"))
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_folder(native: Path, tmp_path: Path, layout: str):
+    target = tmp_path / "native"
+    run_distributed(resave, 2, str(native / "native"), str(target), LAYOUTS[layout])
+    to_hf(options(target, tmp_path / "hf"))
+    name = "model.safetensors"
+    assert (tmp_path / "hf" / name).read_bytes() == (native / "hf" / name).read_bytes()
+    assert len(tensors(tmp_path / "hf")) > 50

@@ -1,0 +1,73 @@
+"""Converting a run, and training on from what was converted, as a user does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.training import Command, records, train
+
+
+def convert(data: Path, *words: str) -> Command:
+    return Command(words, data, "model.convert")
+
+
+def test_a_run_goes_out_and_comes_back(data: Path, straight: Path, tmp_path: Path):
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    said = convert(data, "to_hf", str(straight), str(exported)).run()
+    assert f"written: {exported}" in said
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "conversion.json"):
+        assert (exported / name).exists(), name
+    said = convert(data, "from_hf", str(exported), str(imported)).run()
+    assert f"checkpoint.load={imported}" in said
+
+    weights = [f"checkpoint.load={imported}", "stage.train_steps=1"]
+    recipe = ["--config-dir", str(imported / "recipes"), "model=exported"]
+    train(data, tmp_path / "on", *recipe, *weights).run()
+    identity = json.loads((tmp_path / "on" / "identity.json").read_text())
+    assert identity["initial_parameters"] == records(straight)[-1]["params_hash"]
+
+    # The weights of a run, without a conversion, and in another layout.
+    again = [f"checkpoint.load={straight}", "stage.train_steps=1"]
+    train(data, tmp_path / "again", *again).run()
+    identity = json.loads((tmp_path / "again" / "identity.json").read_text())
+    assert identity["initial_parameters"] == records(straight)[-1]["params_hash"]
+
+    # What was exported says what the run says; drafts change nothing.
+    texts = []
+    for source, more in ((straight, ()), (exported, ("--speculate", "2"))):
+        file = tmp_path / "texts.json"
+        words = (str(source), "--prompt", "def f(", "--prompt", "x", "--tokens", "6", *more)
+        Command((*words, "--json", str(file)), data, "train.generate").run()
+        texts.append([t["tokens"] for t in json.loads(file.read_text())])
+    assert texts[0] == texts[1]
+
+
+def test_a_run_is_merged_and_evaluated(data: Path, straight: Path, tmp_path: Path):
+    said = Command((str(straight), str(tmp_path / "merged")), data, "model.merge").run()
+    losses = [line.split() for line in said.splitlines() if "checkpoints/iter_" in line]
+    assert [f"{float(w):.3f}" for _, w in losses[:2]] == ["0.707", "0.293"]
+    assert float(losses[3][1]) == pytest.approx(records(straight)[-1]["validation_loss"], abs=1e-5)
+    assert f"{tmp_path / 'merged'}" in said.splitlines()[-1]
+
+
+def test_weights_of_another_model_are_refused(data: Path, straight: Path, tmp_path: Path):
+    load = f"checkpoint.load={straight}"
+    message = train(data, tmp_path / "run", load, "model.hybrid_layer_pattern=ME*E").refused()
+    assert "only in the checkpoint: mtp.layers.0." in message
+    message = train(data, tmp_path / "run", load, "model.moe_latent_size=32").refused()
+    assert "fc1_latent_proj.weight [64, 64] instead of [32, 64]" in message
+    message = train(data, tmp_path / "run", f"checkpoint.load={tmp_path}").refused()
+    assert "is no checkpoint" in message
+
+
+def test_mistakes_are_one_line(data: Path, straight: Path, tmp_path: Path):
+    for words, text in (
+        ((), "the first word is missing"),
+        (("to_megatron",), "the first word is to_megatron"),
+        (("to_hf", "a"), "convert.target is not given"),
+        (("to_hf", "a", "b", "c"), "c is one path too many"),
+        (("to_hf", "nowhere", str(tmp_path / "x")), "nowhere is no checkpoint"),
+        (("to_hf", "a", "b", "convert.shards=2"), "unknown key convert.shards"),
+    ):
+        assert text in convert(data, *words).refused()

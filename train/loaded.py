@@ -1,0 +1,70 @@
+"""A checkpoint as a model that can be run, on one rank: for validation and generation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from model.conversion.torch_dist import find_checkpoint, saved_recipe
+from recipes.compose import load_recipe
+from recipes.errors import CheckpointError
+from recipes.schema import CheckpointConfig, ParallelConfig, PrecisionConfig, Recipe
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a job gets."""
+
+    recipe: Recipe
+    """Of the run, on one rank and without quantisation."""
+    model: Any
+    """Megatron's HybridModel in evaluation mode, in the dtype of the run's parameters."""
+
+
+def run_recipe(checkpoint: Path) -> Recipe:
+    """The recipe of the run a checkpoint belongs to, for one rank and unquantised.
+
+    Raises:
+        CheckpointError: there is none, or it is of another version.
+    """
+    saved = saved_recipe(find_checkpoint(checkpoint))
+    try:
+        # An imported checkpoint knows its model alone; the rest is of no consequence here.
+        merged = OmegaConf.merge(OmegaConf.structured(load_recipe(["experiment=tiny"])), saved)
+        recipe = OmegaConf.to_object(merged)
+    except Exception as error:
+        text = str(error).splitlines()[0]
+        raise CheckpointError(f"the recipe of {checkpoint} cannot be read: {text}") from error
+    assert isinstance(recipe, Recipe)
+    recipe.parallel = ParallelConfig()
+    recipe.checkpoint = CheckpointConfig()
+    dtype = recipe.precision.params_dtype
+    recipe.precision = PrecisionConfig(name="checkpoint", params_dtype=dtype)
+    return recipe
+
+
+def build(recipe: Recipe) -> Any:
+    """The model of a recipe, in evaluation mode, on the device."""
+    import torch
+    from megatron.core.transformer.module import Float16Module
+
+    from model.hybrid import build_model, transformer_config
+
+    config = transformer_config(recipe.model, recipe.precision, recipe.parallel)
+    model = build_model(recipe, config).to(torch.cuda.current_device())
+    return (Float16Module(config, model) if config.bf16 else model).eval()
+
+
+def with_model(checkpoint: Path, job: Callable[[Loaded], int]) -> int:
+    """Load a checkpoint on one rank and do a job with it."""
+    from train.run import in_world
+    from train.weights import load_model
+
+    def run(recipe: Recipe, *rest: Any) -> int:
+        model = build(recipe)
+        load_model(checkpoint, [model])
+        return job(Loaded(recipe, model))
+
+    return in_world(run_recipe(checkpoint), run)
