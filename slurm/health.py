@@ -85,7 +85,7 @@ def gpu_problems(limits: argparse.Namespace) -> Iterator[str]:
         yield f"{len(rows)} GPUs instead of {limits.gpus}"
     for index, temperature, memory, errors, slow in rows:
         if _number(temperature) > limits.max_gpu_temperature:
-            yield f"GPU {index} has {temperature} C, more than {limits.max_gpu_temperature}"
+            yield f"GPU {index} has {temperature} C, more than {limits.max_gpu_temperature:g}"
         if _number(memory) * 2**20 / 1e6 > limits.max_gpu_memory_used_mb:
             yield f"GPU {index} has {memory} MiB in use by somebody else"
         if _number(errors) > 0:

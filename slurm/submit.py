@@ -14,6 +14,7 @@ from pathlib import Path
 from parallel.layout import Layout
 from recipes.compose import load_recipe, run_cli, to_yaml
 from recipes.errors import ConfigError, DataError
+from recipes.rules import fail
 from recipes.schema import Recipe
 from slurm import client
 from slurm.job import Job, Run, launched_ranks, shape
@@ -32,6 +33,13 @@ def main(recipe: Recipe) -> int:
         DataError: the data is not there.
     """
     validate_cluster(recipe.cluster)
+    if recipe.compare.runs:
+        fail(
+            "compare.runs",
+            recipe.compare.runs,
+            "are finished and need no job",
+            "use python -m train.compare, or compare.precisions to train",
+        )
     recipes = _arms(recipe) if recipe.compare.precisions else {"run": recipe}
     folder = Path(_comparison_folder(recipe) if len(recipes) > 1 else recipe.run.dir).resolve()
     layouts = [_check(r) for r in recipes.values()]

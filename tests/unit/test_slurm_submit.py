@@ -157,6 +157,7 @@ def test_a_comparison_is_an_array(
         ("cluster.sbatch=[gpu]", "cluster.sbatch[0]=gpu is no option"),
         ("cluster.environment=[{name: a-b, value: c, why: d}]", "a-b is no name"),
         ("cluster.max_strikes=0", "must be at least 1"),
+        ("compare.runs=[a,b]", "compare.runs=[a, b] are finished and need no job"),
         ("cluster.nodes=3", "is not a multiple of micro_batch_size"),
         ("parallel.data_parallel_size=3", "is not a multiple"),
         ("parallel.tensor_model_parallel_size=3", "does not divide"),
