@@ -75,9 +75,9 @@ class Submission:
 
         self.until(there, f"start {starts} and step {step}")
 
-    def wait_for_end(self) -> str:
+    def wait_for_end(self, seconds: float = 400) -> str:
         """Until the chain has ended for good; the reason."""
-        self.until(lambda: bool(self.reasons("end")), "the end of the chain")
+        self.until(lambda: bool(self.reasons("end")), "the end of the chain", seconds)
         return self.reasons("end")[-1]
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float = 400) -> None:

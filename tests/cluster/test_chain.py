@@ -1,7 +1,9 @@
 """What can happen to a run of weeks, on a real Slurm: it goes on, or ends for a reason."""
 
 import json
+import math
 import signal
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from tests.cluster.jobs import STEPS, Submission, trained
 from tests.end_to_end.training import records
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3000)]
 
 
 def complete(submission: Submission, straight: Path) -> None:
@@ -18,17 +20,17 @@ def complete(submission: Submission, straight: Path) -> None:
     assert trained(submission.run) == trained(straight)
 
 
-def test_time_limit(submission: Submission) -> None:
-    """Slurm's own warning, a minute a start: longer than the limit, so it is queued anew."""
-    long = ["stage.train_steps=400", "stage.global_batch_size=32", "checkpoint.save_interval=null"]
+def test_time_limit(submission: Submission, straight: Path) -> None:
+    """Slurm's own warning: two minutes of training in starts of one minute."""
+    step = statistics.median(r["seconds"] for r in records(straight))  # of two micro batches
+    steps = math.ceil(120 / (8 * step))
+    longer = [f"stage.train_steps={steps}", "stage.global_batch_size=64"]
+    longer.append("checkpoint.save_interval=null")
     own = Submission(submission.lab, submission.data, submission.run.parent / "straight")
-    own.command(*long, "cluster=local", "cluster.threads_per_rank=1", module="train").run(
-        timeout=1000
-    )
-    limit = ["cluster.time_limit='1'", "cluster.warning_seconds=15"]
-    submission.submit(*long, *limit)
-    submission.until(lambda: bool(submission.reasons("end")), "the end of the chain", 1000)
-    assert submission.reasons("end") == ["complete at step 400"]
+    own.command(*longer, "cluster.threads_per_rank=1", module="train").run(timeout=1000)
+    limit = ["cluster.time_limit='1'", "cluster.warning_seconds=15", "cluster.max_strikes=10"]
+    submission.submit(*longer, *limit)
+    assert submission.wait_for_end(seconds=1500) == f"complete at step {steps}"
     requeued = submission.reasons("requeue")
     assert len(requeued) >= 2 and set(requeued) == {"time limit"}
     assert trained(submission.run) == trained(own.run)
