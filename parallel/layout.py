@@ -89,6 +89,13 @@ def validate_layout(
         _mamba(parallel, model)
         _mamba_context(parallel, model, stage)
     _tensor(parallel, model)
+    if mtp_depths:  # eh_proj is split by rows
+        divides(
+            "parallel.tensor_model_parallel_size",
+            parallel.tensor_model_parallel_size,
+            "model.hidden_size",
+            model.hidden_size,
+        )
     if "*" in symbols:
         _attention_context(parallel, model)
     _experts(parallel, model, "E" in symbols)

@@ -141,9 +141,10 @@ BROKEN: list[tuple[list[str], list[str]]] = [
         [f"{PP}=2", "stages of model.hybrid_layer_pattern=3", "use 1 or 3"],
     ),
     (
-        [f"{PP}=2", "model.hybrid_layer_pattern=M|E|M|E", "stage.global_batch_size=48"],
+        [f"{PP}=2", "model.hybrid_layer_pattern=M|E|E|M", "stage.global_batch_size=48"],
         ["global_batch_size=48", "3 micro batches", "interleaved", "use 32, 64 or 128"],
     ),
+    ([f"{TP}=2", "model.hidden_size=127"], [f"{TP}=2", "model.hidden_size=127", "use 1 or 127"]),
     (["parallel.recompute_granularity=some"], ["=some", "use null, selective or full"]),
     (["parallel.recompute_modules=[moe]"], ["recompute_modules=[moe]", "=selective"]),
     (
@@ -247,7 +248,7 @@ def test_top_1_routing_and_null_dtype_are_allowed():
 
 def test_boundaries_do_nothing_on_one_pipeline_rank():
     assert layout("model.hybrid_layer_pattern=MEM|*E/*E").virtual_stages == 1
-    two = layout("model.hybrid_layer_pattern=M|E|M|E", f"{PP}=2", "stage.micro_batch_size=4")
+    two = layout("model.hybrid_layer_pattern=M|E|E|M", f"{PP}=2", "stage.micro_batch_size=4")
     assert (two.virtual_stages, two.num_microbatches) == (2, 4)
 
 
@@ -282,6 +283,7 @@ def twelve() -> Recipe:
     longer than validating."""
     return load_recipe(
         ["experiment=tiny", "model.num_attention_heads=24", "model.num_query_groups=24"]
+        + ["model.hidden_size=72"]
         + ["model.kv_channels=24", "model.mamba_num_heads=288", "model.mamba_num_groups=24"]
         + ["model.num_moe_experts=12", "model.moe_ffn_hidden_size=12", "model.vocab_size=24"]
         + ["model.moe_shared_expert_intermediate_size=24", "stage.sequence_length=720"]
