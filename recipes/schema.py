@@ -404,6 +404,14 @@ class CompareConfig:
 
 
 @dataclass
+class ParityConfig:
+    """What `python -m parallel.parity` trains. A single run ignores it."""
+
+    layouts: list[str] = field(default_factory=list)
+    """Layouts compared with one rank, by their names in its table; empty: all of them."""
+
+
+@dataclass
 class SensitivityConfig:
     """What `python -m precision.sensitivity` looks for. A single run ignores it."""
 
@@ -608,6 +616,7 @@ class Recipe:
     plan: PlanConfig = field(default_factory=PlanConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
     run: RunConfig = field(default_factory=RunConfig)
     device: str = "auto"
     """auto (CUDA if there is a GPU), cuda or host."""

@@ -20,6 +20,7 @@ SMALL = (
     "stage.sequence_length=64",
     "stage.global_batch_size=4",
     "stage.micro_batch_size=1",
+    "stage.eval_steps=1",
 )
 """Every architectural part."""
 

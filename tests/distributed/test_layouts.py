@@ -1,0 +1,197 @@
+"""Every layout trains the same model, and goes on from any other layout's checkpoint.
+
+Three steps of the real trainer on real ranks: losses, gradient norms and the weights they lead to
+are those of one rank, and so is the validation loss of a checkpoint wherever it is loaded.
+`python -m parallel.parity` does the same over the command line and for longer.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.layouts import Sizes, laid_out, shards, whole
+
+ONE = Sizes("one")
+TWO = [
+    Sizes("data"),
+    Sizes("tensor", tp=2),
+    Sizes("pipeline", pp=2),
+    Sizes("virtual", pp=2, virtual=2),
+    Sizes("context", cp=2),
+    Sizes("expert", ep=2),
+    Sizes("expert tensor", tp=2, etp=2),
+]
+FOUR = [
+    Sizes("tensor expert", tp=2, ep=2),
+    Sizes("expert context", cp=2, ep=2),
+    Sizes("tensor context", tp=2, cp=2),
+    Sizes("pipeline expert", pp=2, ep=2),
+]
+STEPS = 3
+FURTHER = 2
+"""Steps after the checkpoint: the second shows whether the moments came along."""
+
+
+class Text:
+    """The same random text for every layout, cut as the trainer's batches are."""
+
+    has_validation = True
+
+    def __init__(self, recipe: Any, dp: int) -> None:
+        import torch
+
+        self.stage, self.dp = recipe.stage, dp
+        size = (STEPS + FURTHER + 1) * self.stage.global_batch_size, self.stage.sequence_length + 1
+        generator = torch.Generator().manual_seed(7)
+        self.samples = torch.randint(recipe.model.vocab_size, size, generator=generator)
+
+    def train_from(self, consumed: int) -> Iterator[dict[str, Any]]:
+        return self._from(consumed)
+
+    def validation(self) -> Iterator[dict[str, Any]]:
+        return self._from((STEPS + FURTHER) * self.stage.global_batch_size)
+
+    def fingerprint(self, consumed: int) -> str:
+        return str(consumed)
+
+    def _from(self, first: int) -> Iterator[dict[str, Any]]:
+        import torch
+        from megatron.core import parallel_state
+        from megatron.core.utils import get_batch_on_this_cp_rank
+
+        rank = parallel_state.get_data_parallel_rank()
+        for sample in self.samples[first + rank :: self.dp]:
+            tokens, labels = sample[None, :-1], sample[None, 1:]
+            batch = {
+                "tokens": tokens.contiguous(),
+                "labels": labels.contiguous(),
+                "loss_mask": torch.ones(tokens.shape),
+                "position_ids": torch.arange(tokens.shape[1])[None],
+            }
+            group = parallel_state.get_context_parallel_group()
+            yield get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+
+
+def trainer(recipe: Any, layout: Any, folder: Path) -> Any:
+    """A trainer whose run is in `folder`."""
+    from recipes.schema import CheckpointConfig
+    from train.build import build_state
+    from train.checkpoint import Checkpointer
+    from train.trainer import Trainer
+
+    recipe.run.dir = str(folder)
+    state, routers = build_state(recipe, layout)
+    data = Text(recipe, layout.dp)
+    checkpointer = Checkpointer(
+        folder / "checkpoints", CheckpointConfig(), data.fingerprint, lambda message: None
+    )
+    return Trainer(recipe, state, routers, data, checkpointer, None, 1.0)  # type: ignore[arg-type]
+
+
+def train(rank: int, world_size: int, layouts: list[Sizes], runs: Path) -> list[Any]:
+    """For each layout: the measured steps, the weights after them, the validation loss and the
+    losses of further steps."""
+    from megatron.core.utils import unwrap_model
+
+    found = []
+    for sizes in layouts:
+        folder = runs / sizes.name
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with laid_out(sizes, world_size) as (recipe, layout):
+            trained = trainer(recipe, layout, folder)
+            steps = [trained._step() for _ in range(STEPS)]
+            weights = [s for c in trained.state.chunks for s in shards(unwrap_model(c))]
+            loss = trained.evaluate()
+            trained.checkpointer.save(trained.state)
+            trained.checkpointer.close()
+            further = [trained._step().loss for _ in range(FURTHER)]
+        found.append((steps, weights, [loss, *further]))
+    return found
+
+
+def evaluate(
+    rank: int, world_size: int, layouts: list[Sizes], origins: list[list[str]], runs: Path
+) -> list[list[Any]]:
+    """For each layout: of the checkpoints that others wrote, the validation loss and the losses of
+    further steps."""
+    found = []
+    for sizes, names in zip(layouts, origins, strict=True):
+        with laid_out(sizes, world_size) as (recipe, layout):
+            losses = []
+            for name in names:
+                loaded = trainer(recipe, layout, runs / name)
+                assert loaded.checkpointer.load(loaded.state)
+                assert loaded.state.progress.step == STEPS
+                loss = loaded.evaluate()
+                further = [loaded._step().loss for _ in range(FURTHER)]
+                losses.append([loss, *further])
+                loaded.checkpointer.close()
+        found.append(losses)
+    return found
+
+
+@cache
+def reference(runs: Path) -> Any:
+    return run_distributed(train, 1, [ONE], runs)[0][0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [(2, TWO), (4, FOUR[:1]), pytest.param(4, FOUR[1:], marks=pytest.mark.slow)],
+    ids=["2 ranks", "4 ranks", "other 4 ranks"],
+)
+def test_layouts_train_the_same(world_size: int, layouts: list[Sizes], runs: Path) -> None:
+    steps, weights, losses = reference(runs)
+    ranks = run_distributed(train, world_size, layouts, runs)
+    for i, sizes in enumerate(layouts):
+        for rank in ranks:
+            for step, wanted in zip(rank[i][0], steps, strict=True):
+                where = f"{sizes.name}: {step}, not {wanted}"
+                assert step.loss == pytest.approx(wanted.loss, rel=1e-5), where
+                assert step.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5), where
+                assert step.mtp_losses == pytest.approx(wanted.mtp_losses, rel=1e-5), where
+                balance = wanted.load_balance_loss
+                assert step.load_balance_loss == pytest.approx(balance, rel=1e-4), where
+                assert step.max_violation == pytest.approx(wanted.max_violation, abs=1e-6), where
+            assert rank[i][2] == pytest.approx(losses, rel=1e-5), sizes.name
+        ours, theirs = whole([rank[i][1] for rank in ranks]), whole([weights])
+        assert ours.keys() == theirs.keys()
+        for name, weight in ours.items():
+            # Adam divides by the gradient's size, and so magnifies what rounding did to a small
+            # one; the bias of a router moves by its rate or not at all.
+            difference = float((weight - theirs[name]).abs().max())
+            assert difference < 2e-4, f"{sizes.name}: {name} differs by {difference}"
+
+
+def test_checkpoints_move_between_layouts(runs: Path) -> None:
+    """Each 2-rank layout loads the checkpoint of the one before it in the list."""
+    names = [sizes.name for sizes in TWO]
+    _check_moves(2, TWO, [[name] for name in names[-1:] + names[:-1]], runs)
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_all_layouts(runs: Path) -> None:
+    run_distributed(train, 4, FOUR[1:], runs)
+    names = [sizes.name for sizes in (ONE, *TWO, *FOUR)]
+    for world_size, layouts in ((1, [ONE]), (2, TWO), (4, FOUR)):
+        _check_moves(world_size, layouts, [names] * len(layouts), runs)
+
+
+def _check_moves(
+    world_size: int, layouts: list[Sizes], origins: list[list[str]], runs: Path
+) -> None:
+    """The losses from a checkpoint on are those of one rank, whoever wrote it."""
+    _, _, wanted = reference(runs)
+    for rank in run_distributed(evaluate, world_size, layouts, origins, runs, timeout=600):
+        for sizes, names, losses in zip(layouts, origins, rank, strict=True):
+            for name, moved in zip(names, losses, strict=True):
+                assert moved == pytest.approx(wanted, rel=1e-5), f"{name} on {sizes.name}"

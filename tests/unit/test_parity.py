@@ -1,0 +1,63 @@
+"""How layouts are compared: the arithmetic around the trainings."""
+
+from typing import Any
+
+import pytest
+
+from parallel.parity import FIRST, LAST, MATRIX, REFERENCE, Outcome, cut, judge, report
+from recipes.compose import load_recipe
+
+
+def steps(**changes: Any) -> list[dict[str, Any]]:
+    """Two steps as metrics.jsonl has them, the last one changed."""
+    step = {"loss": 4.0, "grad_norm": 2.0, "mtp_loss": [5.0, 6.0]}
+    return [step, step | changes]
+
+
+def test_stages_are_cut_without_touching_mtp() -> None:
+    assert cut("ME*E/*E/*E", 1) == "ME*E/*E/*E"
+    assert cut("ME*E/*E/*E", 4) == "M|E|*|E/*E/*E"
+    assert cut("MEM*E", 2) == "ME|M*E"
+
+
+def test_the_matrix_has_what_a_cluster_would_use() -> None:
+    names = {"dp2", "tp2", "pp2", "pp2 vp2", "cp2", "ep2", "tp2 ep2", "ep2 cp2", "tp2 cp2"}
+    assert names | {"pp2 ep2", "etp2"} <= {case.name for case in MATRIX}
+    assert all(2 <= case.ranks <= 4 for case in MATRIX if case.name in names)
+    recipe = load_recipe(["experiment=parity"])
+    for case in MATRIX:
+        load_recipe(["experiment=parity", *case.arguments(recipe.model.hybrid_layer_pattern)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "equal"),
+        ({"loss": 4.0 * (1 + 0.9 * LAST)}, "equal"),
+        ({"loss": 4.0 * (1 + 1.1 * LAST)}, "different"),
+        ({"grad_norm": 2.0 * (1 - 1.1 * LAST)}, "different"),
+        ({"mtp_loss": [5.0, 6.0 * (1 + 1.1 * LAST)]}, "different"),
+        ({"loss": None}, "different"),  # not finite
+    ],
+)
+def test_verdicts(changes: dict[str, Any], verdict: str) -> None:
+    assert judge(MATRIX[1], steps(**changes), steps(), quantised=False).verdict == verdict
+    first = list(reversed(steps(**changes)))
+    if changes:
+        assert LAST > FIRST
+        assert judge(MATRIX[1], first, steps(), quantised=False).verdict == "different"
+
+
+def test_a_short_run_has_failed() -> None:
+    outcome = judge(REFERENCE, steps()[:1], steps(), quantised=False)
+    assert (outcome.verdict, outcome.reason) == ("failed", "1 steps, not 2")
+
+
+def test_the_table_says_why_a_layout_is_missing() -> None:
+    outcomes = [
+        judge(MATRIX[1], steps(), steps(), quantised=False),
+        Outcome("cp2", 2, "not available", "ConfigError: no"),
+    ]
+    text = report(outcomes)
+    assert "cp2: ConfigError: no" in text and "not available" in text
+    assert len(text.splitlines()) == 4
