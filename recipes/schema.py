@@ -496,7 +496,7 @@ class ConvertConfig:
     workers: int = 2
     """Files written at once."""
     verify: bool = True
-    """Compare the checkpoint's files with their checksums first."""
+    """Compare each file of the checkpoint with its checksum before it is first read."""
     tokenizer: str | None = None
     """Folder of the tokenizer to export; null: the run's."""
 

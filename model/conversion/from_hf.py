@@ -29,7 +29,6 @@ from model.conversion.torch_dist import (
     Planned,
     TorchDistWriter,
     native_shapes,
-    write_checksums,
 )
 from model.conversion.work import Work
 from recipes.schema import ConvertConfig
@@ -89,15 +88,14 @@ def from_hf(options: ConvertConfig, say: Callable[[str], None]) -> Path:
 
         return writer.write(part, tensors())
 
-    results = work.run(sizes, write, options.workers, "writing")
+    written = work.run(sizes, write, options.workers, "writing")
     copy_extras(source, target / HF_EXTRAS)
     write_model(model, target)
     tensors = len(native_shapes(plan))
     report(
         target, started, direction="from_hf", source=str(source), tensors=tensors, bytes=sum(sizes)
     )
-    writer.finish(results)
-    write_checksums(target, options.workers)
+    writer.finish(written)
     work.finish()
     return target
 

@@ -21,13 +21,13 @@ from model.conversion.common import (
 from model.conversion.table import Pair, Spec, pairs
 from model.conversion.torch_dist import (
     METADATA,
+    Checksums,
     Planned,
     TorchDistReader,
     TorchDistWriter,
     find_checkpoint,
     native_shapes,
     saved_recipe,
-    write_checksums,
 )
 from model.conversion.work import Work
 from recipes.errors import ConfigError
@@ -69,7 +69,7 @@ def merge(options: MergeConfig) -> tuple[Path, list[tuple[Path, float]]]:
     recipe = saved_recipe(checkpoints[0])
     model = model_config(recipe["model"])
     plan = pairs(model)
-    readers = [TorchDistReader(checkpoint) for checkpoint in checkpoints]
+    readers = [TorchDistReader(path, Checksums(path)) for path in checkpoints]
     for reader in readers:
         compare(reader.folder, native_shapes(plan), reader.shapes)
     work = Work(target, _task(readers, weights, options))
@@ -99,12 +99,11 @@ def merge(options: MergeConfig) -> tuple[Path, list[tuple[Path, float]]]:
 
         return writer.write(part, tensors())
 
-    results = work.run(sizes, write, options.workers, "merging")
+    written = work.run(sizes, write, options.workers, "merging")
     write_model(model, target, recipe)
     chosen = list(zip(checkpoints, weights, strict=True))
     report(target, started, merged={str(path): weight for path, weight in chosen})
-    writer.finish(results)
-    write_checksums(target, options.workers)
+    writer.finish(written)
     work.finish()
     return target, chosen
 

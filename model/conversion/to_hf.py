@@ -26,11 +26,11 @@ from model.conversion.safetensors_files import INDEX, SINGLE, write_file
 from model.conversion.table import Pair, pairs
 from model.conversion.tokenizer import copy_tokenizer, special_tokens
 from model.conversion.torch_dist import (
+    Checksums,
     TorchDistReader,
     find_checkpoint,
     native_shapes,
     saved_recipe,
-    verify,
 )
 from model.conversion.work import Work
 from recipes.errors import CheckpointError
@@ -61,13 +61,11 @@ def to_hf(options: ConvertConfig) -> Path:
     recipe = saved_recipe(checkpoint)
     model = model_config(recipe["model"])
     check_expressible(model, str(checkpoint))
-    reader = TorchDistReader(checkpoint)
+    reader = TorchDistReader(checkpoint, Checksums(checkpoint) if options.verify else None)
     plan = pairs(model)
     compare(checkpoint, native_shapes(plan), reader.shapes)
     tokenizer = _tokenizer(options, checkpoint, recipe)
     work = Work(target, task("to_hf", checkpoint, reader.files(), options))
-    if options.verify:
-        verify(checkpoint, reader.files(), options.workers)
 
     def dtype(pair: Pair) -> torch.dtype:
         if pair.row.fp32:

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from model.conversion.table import Pair, Shape, Spec
-from model.conversion.work import in_parallel, progress
 from recipes.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -59,12 +59,19 @@ class _Piece:
 class TorchDistReader:
     """The weights of a checkpoint; optimizer state and random states are passed over.
 
+    Args:
+        folder: of the checkpoint.
+        sums: what each file is compared with before it is first read; None: nothing.
+
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sums: "Checksums | None" = None) -> None:
         self.folder = folder
+        self._sums = sums
+        if sums is not None:
+            sums.check(METADATA)
         try:
             metadata = FileSystemReader(folder).read_metadata()
         except Exception as error:  # whatever a damaged pickle raises
@@ -123,6 +130,8 @@ class TorchDistReader:
 
     def _load(self, name: str, piece: _Piece) -> Tensor:
         path = self.folder / piece.file
+        if self._sums is not None:
+            self._sums.check(piece.file)
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(piece.start)
@@ -148,6 +157,10 @@ def _pieces(name: str, entry: TensorStorageMetadata, storage: dict[Any, Any]) ->
             where.offset,
             where.length,
         )
+
+
+type Written = tuple[list[WriteResult], dict[str, str]]
+"""Of one file: where its tensors are, and its checksum."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +196,14 @@ class TorchDistWriter:
         plans.append(SavePlan([_common_state_item()]))
         self._plans = self._writer.prepare_global_plan(plans)
 
-    def write(self, part: int, tensors: Iterable[Tensor]) -> list[WriteResult]:
+    def write(self, part: int, tensors: Iterable[Tensor]) -> Written:
         """Write one part; returns what `finish` needs to know.
 
         tensors: the values, in the order of the plan; each is taken when its turn comes.
         """
         return self._write(part, _Values(iter(tensors)))
 
-    def finish(self, results: Iterable[list[WriteResult]]) -> None:
+    def finish(self, written: Iterable[Written]) -> None:
         """Write `.metadata` and what else makes it a checkpoint of Megatron's."""
         common = self._write(len(self._parts), _Values(iter([])))
         known: dict[str, Any] = {}
@@ -204,11 +217,17 @@ class TorchDistWriter:
         known[_COMMON_STATE] = BytesStorageMetadata()
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.folder / "metadata.json").write_text(json.dumps(backend))
-        self._writer.finish(Metadata(known), [*results, common])
+        parts = [*written, common]
+        self._writer.finish(Metadata(known), [results for results, _ in parts])
+        sums = {name: sum_ for _, part in parts for name, sum_ in part.items()}
+        sums |= {n: checksum(self.folder / n) for n in (METADATA, "metadata.json")}
+        text = json.dumps({"algorithm": "sha256", "files": sums}, indent=2)
+        (self.folder / _SUMS).write_text(text + "\n")
 
-    def _write(self, part: int, values: "_Values") -> list[WriteResult]:
-        done = self._writer.write_data(self._plans[part], values)
-        return done.value()
+    def _write(self, part: int, values: "_Values") -> Written:
+        results = self._writer.write_data(self._plans[part], values).value()
+        files = {result.storage_data.relative_path for result in results}
+        return results, {name: checksum(self.folder / name) for name in files}
 
 
 class _Values(SavePlanner):
@@ -305,48 +324,52 @@ def native_shapes(plan: Iterable[Pair]) -> dict[str, Shape]:
     return {s.name: s.shape if s.index is None else (s.of, *s.shape) for s in specs}
 
 
-def verify(folder: Path, files: Sequence[Path], workers: int) -> None:
-    """Compare files with the checksums the checkpoint was saved with.
+class Checksums:
+    """Compares each file of a checkpoint, once, with the checksum it was saved with. Its bytes are
+    then in the page cache for whoever reads them next.
 
     Raises:
-        CheckpointError: there are no checksums, or a file is missing or changed.
+        CheckpointError: there are no checksums.
     """
-    manifest = folder / _SUMS
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        manifest = folder / _SUMS
+        try:
+            self._sums: dict[str, str] = json.loads(manifest.read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{manifest} cannot be read ({error}); restore the checkpoint, or convert it with "
+                "convert.verify=false"
+            ) from error
+        self._locks = {name: Lock() for name in self._sums}
+        self._checked: set[str] = set()
+
+    def check(self, name: str) -> None:
+        """Check a file unless it was checked before.
+
+        Raises:
+            CheckpointError: it is missing, changed, or has no checksum.
+        """
+        file = self._folder / name
+        if name not in self._sums:
+            raise CheckpointError(f"{file} has no checksum in {_SUMS}; restore the checkpoint")
+        with self._locks[name]:
+            if name in self._checked:
+                return
+            if checksum(file) != self._sums[name]:
+                raise CheckpointError(f"{file} is not as it was saved; restore the checkpoint")
+            self._checked.add(name)
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
-        sums = json.loads(manifest.read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{manifest} cannot be read ({error}); convert.verify=false goes on without checksums"
-        ) from error
-    try:
-        found = _sums([folder / METADATA, *files], workers, "verifying")
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        reason = error.strerror
-        raise CheckpointError(f"{error.filename}: {reason}; restore the checkpoint") from error
-    changed = [name for name in found if found[name] != sums.get(name)]
-    if changed:
-        raise CheckpointError(
-            f"{folder}: {', '.join(changed)} is not as it was saved; restore the checkpoint"
-        )
-
-
-def write_checksums(folder: Path, workers: int) -> None:
-    """Write the checksums that `verify` and Megatron compare with."""
-    files = sorted(folder.glob("*.distcp")) + [folder / METADATA, folder / "metadata.json"]
-    sums = _sums(files, workers, "checksums")
-    text = json.dumps({"algorithm": "sha256", "files": sums}, indent=2)
-    (folder / _SUMS).write_text(text + "\n")
-
-
-def _sums(files: Sequence[Path], workers: int, title: str) -> dict[str, str]:
-    """SHA-256 of each file."""
-    found: dict[str, str] = {}
-    with progress(title, sum(f.stat().st_size for f in files)) as advance:
-
-        def one(file: Path) -> None:
-            with file.open("rb") as stream:
-                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-            advance(file.stat().st_size)
-
-        in_parallel(one, files, workers)
-    return found
+        raise CheckpointError(f"{file}: {error.strerror}; restore the checkpoint") from error

@@ -76,13 +76,13 @@ class Work:
             else:
                 left.append(part)
         finished = sum(sizes) - sum(sizes[part] for part in left)
-        with progress(title, sum(sizes), finished) as advance:
+        with _progress(title, sum(sizes), finished) as advance:
 
             def one(part: int) -> None:
                 results[part] = write(part, advance)
                 _write(self._notes / f"{part}.pickle", pickle.dumps(results[part]))
 
-            in_parallel(one, left, workers)
+            _in_parallel(one, left, workers)
         return results
 
     def finish(self) -> None:
@@ -91,7 +91,7 @@ class Work:
 
 
 @contextmanager
-def progress(title: str, total: int, initial: int = 0) -> Iterator[Callable[[int], object]]:
+def _progress(title: str, total: int, initial: int = 0) -> Iterator[Callable[[int], object]]:
     """A progress bar over bytes; gives the function that advances it."""
     from tqdm import tqdm
 
@@ -99,7 +99,7 @@ def progress(title: str, total: int, initial: int = 0) -> Iterator[Callable[[int
         yield bar.update
 
 
-def in_parallel(action: Callable[[Any], None], items: Sequence[Any], workers: int) -> None:
+def _in_parallel(action: Callable[[Any], None], items: Sequence[Any], workers: int) -> None:
     """Run the action on every item; the first failure ends it and is raised."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(action, item) for item in items}

@@ -33,14 +33,16 @@ def test_a_run_goes_out_and_comes_back(data: Path, straight: Path, tmp_path: Pat
     identity = json.loads((tmp_path / "again" / "identity.json").read_text())
     assert identity["initial_parameters"] == records(straight)[-1]["params_hash"]
 
-    # What was exported says what the run says; drafts change nothing.
+    # What was exported says what the run says. Speculation reads whole texts instead of states,
+    # which BF16 rounds otherwise: that its text is the same is tested in FP32.
     texts = []
-    for source, more in ((straight, ()), (exported, ("--speculate", "2"))):
+    for source, more in ((straight, ()), (exported, ()), (exported, ("--speculate", "2"))):
         file = tmp_path / "texts.json"
         words = (str(source), "--prompt", "def f(", "--prompt", "x", "--tokens", "6", *more)
         Command((*words, "--json", str(file)), data, "train.generate").run()
-        texts.append([t["tokens"] for t in json.loads(file.read_text())])
-    assert texts[0] == texts[1]
+        texts.append(json.loads(file.read_text()))
+    assert [t["tokens"] for t in texts[0]] == [t["tokens"] for t in texts[1]]
+    assert all(len(t["tokens"]) == 6 and t["passes"] <= 6 for t in texts[2])
 
 
 def test_a_run_is_merged_and_evaluated(data: Path, straight: Path, tmp_path: Path):
