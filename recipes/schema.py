@@ -193,6 +193,11 @@ class ParallelConfig:
     launched ranks allow, or the fewest the layout needs."""
     moe_token_dispatcher_type: str = "alltoall"
     """alltoall or allgather; flex needs GPUs."""
+    moe_flex_dispatcher_backend: str = "deepep"
+    """Of flex: deepep, or hybridep where NVLink domains span nodes. Both are NVIDIA's or DeepSeek's
+    package deep_ep."""
+    moe_flex_dispatcher_num_sms: int | None = None
+    """Of flex: streaming multiprocessors that send; null: the package's default."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
@@ -384,6 +389,8 @@ class LoggingConfig:
     """Project of the wandb run."""
     log_params_hash: bool = False
     """Write a hash of all parameters into each metrics line (slow; for comparisons)."""
+    expert_load: bool = False
+    """Write the tokens of every expert of every MoE layer into each metrics line."""
     precision_interval: int | None = None
     """Every so many steps, write what quantisation does to each tensor to precision.jsonl: values
     flushed to zero, cut off, relative error. Costs about one more step each time; null: never."""

@@ -65,6 +65,8 @@ def flatten(record: dict[str, Any]) -> dict[str, float]:
     """Numbers of a record under flat names (`mtp_loss/1`), for trackers."""
     flat: dict[str, float] = {}
     for key, value in record.items():
+        if key == "expert_load":  # a table, not a curve
+            continue
         if isinstance(value, dict):
             flat |= {f"{key}/{name}": v for name, v in flatten(value).items()}
         elif isinstance(value, list):

@@ -108,6 +108,7 @@ class Routers:
                 else:
                     self._slots.append(experts.index(module.layer_number - 1))
         self.max_violation = torch.zeros(self.num_layers, dtype=torch.float64)
+        self._loads: Tensor | None = None
 
     def finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Measure the load of this step, then let Megatron finish the gradients."""
@@ -136,6 +137,19 @@ class Routers:
         violation = loads.amax(1) / loads.mean(1).clamp(min=1e-9) - 1
         self.max_violation.zero_()
         self.max_violation[self._slots] = violation.cpu()
+        self._loads = loads
+
+    def expert_load(self, num_experts: int) -> list[list[int]]:
+        """Tokens each expert of each layer got in the last step, MTP last; every rank must call
+        it."""
+        from megatron.core import parallel_state
+
+        device = torch.cuda.current_device()
+        table = torch.zeros(self.num_layers, num_experts, dtype=torch.float64, device=device)
+        if self._loads is not None:
+            table[self._slots] = self._loads
+        dist.all_reduce(table, group=parallel_state.get_pipeline_model_parallel_group())
+        return [[int(tokens) for tokens in layer] for layer in table.tolist()]
 
 
 def reduce_losses(

@@ -271,6 +271,9 @@ class Trainer:
             "memory_gib": _peak_memory_gib(),
             "updated": result.updated,
         }
+        experts = self.recipe.model.num_moe_experts
+        if self.recipe.logging.expert_load and experts:
+            record["expert_load"] = self.routers.expert_load(experts)
         if self.recipe.logging.log_params_hash:
             from train.hashes import parameters_hash
 

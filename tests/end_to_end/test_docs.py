@@ -65,7 +65,11 @@ def test_command(command: str, data: Path, tmp_path: Path) -> None:
     )
     # The same commands on a model, a corpus and a number of steps that take seconds.
     small: list[str] = []
-    if words[2] in ("train", "train.compare") and not {"--cfg", "--keys", "--help"} & set(words):
+    if words[2] in ("train", "train.compare", "parallel.payload") and not {
+        "--cfg",
+        "--keys",
+        "--help",
+    } & set(words):
         chosen = {w.split("=")[0] for w in words}
         small = [o for o in SMALL if o.split("=")[0] not in chosen] + [sources(data)]
         steps = 8 if words[2] == "train.compare" else 2

@@ -1,0 +1,187 @@
+"""`python -m parallel.payload experiment=tiny parallel.expert_model_parallel_size=2`.
+
+What LatentMoE sends, computes and reads, measured beside what is predicted.
+
+Trains a few steps with `python -m train` in `run.dir` (real collectives, counted as wire.md says)
+and reports per token and per MoE layer. Writes payload.json and plots/expert_load.png there.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from recipes.compose import run_cli
+from recipes.errors import ConfigError, StrataError
+from recipes.schema import Recipe
+from recipes.tables import table
+
+STEPS = 5
+"""Trained unless stage.train_steps says otherwise."""
+
+SHORT = {
+    "stage.train_steps": str(STEPS),
+    "stage.eval_interval": "null",
+    "stage.eval_steps": "1",
+    "checkpoint.save_interval": "null",
+    "logging.expert_load": "true",
+    "logging.progress": "false",
+}
+"""Overrides of the run that are not given."""
+
+
+def main(recipe: Recipe) -> int:
+    """Train, measure, print and write the report.
+
+    Raises:
+        ConfigError: the model has no experts, or the recipe is not valid.
+        StrataError: the run failed.
+    """
+    from model.pattern import parse_pattern
+    from model.validate import validate_recipe
+
+    layout = validate_recipe(recipe)
+    pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
+    passes = pattern.main.count("E") + pattern.mtp.count("E") * pattern.mtp_depths
+    if passes == 0:
+        raise ConfigError(
+            f"model.hybrid_layer_pattern={recipe.model.hybrid_layer_pattern} has no MoE layer (E)"
+        )
+    given = {argument.split("=")[0] for argument in sys.argv[1:]}
+    folder = Path(recipe.run.dir if "run.dir" in given else f"runs/payload-{recipe.model.name}")
+    settings = {**SHORT, "run.dir": str(folder)}
+    overrides = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    done = subprocess.run([sys.executable, "-m", "train", *sys.argv[1:], *overrides], check=False)
+    if done.returncode == 2:
+        return 2  # it has said why
+    if done.returncode:
+        raise StrataError(f"the run ended with exit code {done.returncode}; see {folder}/logs")
+    records = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = report(recipe, layout.ep, layout.etp, passes, records)
+    (folder / "payload.json").write_text(json.dumps(found, indent=1) + "\n")
+    picture = draw(found["load"]["tokens"], folder / "plots" / "expert_load.png")
+    print(as_text(recipe, found))
+    print(f"\n{folder}/payload.json, {picture}")
+    return 0
+
+
+def report(
+    recipe: Recipe, ep: int, etp: int, passes: int, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """All numbers.
+
+    Args:
+        passes: MoE layers a token goes through, multi-token-prediction depths included.
+        records: metrics of the steps, with `expert_load`.
+    """
+    from model.counts import layer_flops
+
+    model, stage = recipe.model, recipe.stage
+    width, k = model.moe_latent_size or model.hidden_size, model.moe_router_topk
+    element = 2 if recipe.precision.params_dtype == "bf16" else 4
+    tokens = stage.global_batch_size * stage.sequence_length * len(records)
+    predicted = {"operand": k * width * element, "sent": k * width * element * (ep - 1) / ep}
+    measured = {}
+    for purpose in ("expert_dispatch", "expert_combine"):
+        of = [record["wire"].get(purpose, {}) for record in records]
+        totals = {n: sum(x.get(n, 0) for x in of) / tokens / passes for n in _COUNTED}
+        backward = totals["backward_bytes"]
+        measured[purpose] = {
+            "forward": totals["bytes"] - backward,
+            "backward": backward,
+            "operand": totals["operand_bytes"],
+        }
+    flops = layer_flops(model, "E", stage.sequence_length)
+    latent = flops.get("mlp.fc1_latent_proj", 0.0) + flops.get("mlp.fc2_latent_proj", 0.0)
+    weight = 2 * width * (model.moe_ffn_hidden_size or 0) * element
+    experts = model.num_moe_experts or 1
+    batch = stage.micro_batch_size * stage.sequence_length * ep * etp
+    load = [record["expert_load"] for record in records if "expert_load" in record]
+    summed = [
+        [sum(step[i][e] for step in load) for e in range(experts)] for i in range(_rows(load))
+    ]
+    return {
+        "bytes_per_token_and_layer": {"predicted": predicted, "measured": measured},
+        "without_latent": k * model.hidden_size * element,
+        "projections": {
+            "flops_per_token_and_layer": latent,
+            "share_of_layer": latent / sum(flops.values()),
+        },
+        "expert_weights_read": {
+            "one_token_alone": k * weight,
+            "token_of_a_micro_batch": experts * weight / batch,
+        },
+        "load": {
+            "max_violation": [max(layer) * experts / max(1, sum(layer)) - 1 for layer in summed],
+            "dead_experts": [sum(tokens == 0 for tokens in layer) for layer in summed],
+            "tokens": summed,
+        },
+    }
+
+
+_COUNTED = ("bytes", "backward_bytes", "operand_bytes")
+
+
+def _rows(load: list[list[list[int]]]) -> int:
+    return len(load[0]) if load else 0
+
+
+def as_text(recipe: Recipe, found: dict[str, Any]) -> str:
+    """The report to read."""
+    sent, of_layer = found["bytes_per_token_and_layer"], found["load"]
+    predicted = sent["predicted"]
+    rows: list[tuple[str, ...]] = [("bytes a token and layer", "predicted", "measured")]
+    for purpose, amounts in sent["measured"].items():
+        for way in ("forward", "backward"):
+            rows.append((f"{purpose}, {way}", f"{predicted['sent']:,.1f}", f"{amounts[way]:,.1f}"))
+        rows.append(
+            (
+                f"{purpose}, with what stays",
+                f"{2 * predicted['operand']:,.1f}",
+                f"{amounts['operand']:,.1f}",
+            )
+        )
+    projections, weights = found["projections"], found["expert_weights_read"]
+    facts = [
+        f"without a latent one way would carry {found['without_latent']:,} bytes a token",
+        f"latent projections: {projections['flops_per_token_and_layer'] / 1e6:,.3f} MFLOP a token "
+        f"and layer forward, {projections['share_of_layer']:.1%} of the layer",
+        f"expert weights read: {weights['one_token_alone'] / 1e6:,.3f} MB by a token alone, "
+        f"{weights['token_of_a_micro_batch'] / 1e6:,.4f} MB a token of a micro batch",
+    ]
+    loads: list[tuple[str, ...]] = [("MoE layer", "MaxVio", "dead experts")]
+    for i, (violation, dead) in enumerate(
+        zip(of_layer["max_violation"], of_layer["dead_experts"], strict=True), start=1
+    ):
+        loads.append((str(i), f"{violation:.2f}", f"{dead} of {recipe.model.num_moe_experts}"))
+    return "\n\n".join([table(rows, left=(0,)), "\n".join(facts), table(loads, left=())])
+
+
+def draw(tokens: list[list[int]], path: Path) -> Path:
+    """Load of every layer: tokens of each expert over the mean, busiest first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for i, layer in enumerate(tokens, start=1):
+        mean = max(1, sum(layer)) / len(layer)
+        values = [count / mean for count in sorted(layer, reverse=True)]
+        axes.step(range(1, len(layer) + 1), values, where="mid", label=f"MoE layer {i}")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("expert, busiest first")
+    axes.set_ylabel("tokens / mean")
+    axes.grid(alpha=0.3)
+    if len(tokens) <= 10:
+        axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    run_cli(main, "parallel.payload")
