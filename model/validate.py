@@ -11,7 +11,7 @@ from parallel.layout import Layout, validate_layout
 from precision.apply import transformer_fields
 from precision.policy import check_sizes
 from recipes.rules import above, at_least, divides, fail, listed, one_of, within
-from recipes.schema import ModelConfig, Recipe
+from recipes.schema import ModelConfig, ParallelConfig, Recipe
 from recipes.validate import validate_run
 
 _POSITIVE = (
@@ -88,6 +88,8 @@ def validate_sizes_apart(
     _documents(recipe)
     if (device or recipe.device) == "host":
         _host(recipe)
+    elif recipe.parallel.moe_token_dispatcher_type == "flex":
+        _flex(recipe.parallel, recipe.model)
     if (device or recipe.device) == "cuda":
         _cuda(recipe)
     policy_of(recipe)
@@ -229,6 +231,25 @@ def _documents(recipe: Recipe) -> None:
             True,
             f"packs one sequence a micro batch, but stage.micro_batch_size={size}",
             "use stage.micro_batch_size=1",
+        )
+
+
+def _flex(parallel: ParallelConfig, model: ModelConfig) -> None:
+    """Rules of megatron.core's MoEFlexTokenDispatcher."""
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    if parallel.moe_flex_dispatcher_backend == "deepep" and ranks == 1:
+        fail(
+            "parallel.moe_flex_dispatcher_backend",
+            "deepep",
+            "sends between expert-parallel ranks, but there is one",
+            "raise parallel.expert_model_parallel_size, or use alltoall",
+        )
+    if model.moe_router_dtype != "fp32":
+        fail(
+            "model.moe_router_dtype",
+            model.moe_router_dtype,
+            "but parallel.moe_token_dispatcher_type=flex sends FP32 probabilities",
+            "use fp32",
         )
 
 

@@ -227,7 +227,17 @@ def _experts(parallel: ParallelConfig, model: ModelConfig, has_experts: bool) ->
         parallel.moe_token_dispatcher_type,
         ("alltoall", "allgather", "flex"),
     )
-    _flex(parallel, model)
+    one_of(
+        "parallel.moe_flex_dispatcher_backend",
+        parallel.moe_flex_dispatcher_backend,
+        ("deepep", "hybridep"),
+    )
+    at_least(
+        "parallel.moe_flex_dispatcher_num_sms",
+        parallel.moe_flex_dispatcher_num_sms,
+        1,
+        "the package's default",
+    )
     for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
         if getattr(parallel, name) > 1 and not has_experts:
             fail(
@@ -249,37 +259,6 @@ def _experts(parallel: ParallelConfig, model: ModelConfig, has_experts: bool) ->
             parallel.expert_tensor_parallel_size,
             "model.moe_ffn_hidden_size",
             model.moe_ffn_hidden_size,
-        )
-
-
-def _flex(parallel: ParallelConfig, model: ModelConfig) -> None:
-    """Rules of megatron.core's MoEFlexTokenDispatcher."""
-    one_of(
-        "parallel.moe_flex_dispatcher_backend",
-        parallel.moe_flex_dispatcher_backend,
-        ("deepep", "hybridep"),
-    )
-    at_least(
-        "parallel.moe_flex_dispatcher_num_sms",
-        parallel.moe_flex_dispatcher_num_sms,
-        1,
-        "the package's default",
-    )
-    if parallel.moe_token_dispatcher_type != "flex":
-        return
-    if parallel.moe_flex_dispatcher_backend == "deepep" and _expert_ranks(parallel) == 1:
-        fail(
-            "parallel.moe_flex_dispatcher_backend",
-            "deepep",
-            "sends between expert-parallel ranks, but there is one",
-            "raise parallel.expert_model_parallel_size, or use alltoall",
-        )
-    if model.moe_router_dtype != "fp32":
-        fail(
-            "model.moe_router_dtype",
-            model.moe_router_dtype,
-            "but parallel.moe_token_dispatcher_type=flex sends FP32 probabilities",
-            "use fp32",
         )
 
 

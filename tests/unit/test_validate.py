@@ -275,6 +275,11 @@ def test_host_refuses_what_its_standins_do_not_do():
     assert "or device=host" in message(*documents, f"{CP}=2", device="cuda")
     flex = "parallel.moe_token_dispatcher_type=flex"
     assert "use alltoall or allgather" in message(flex, device="host")
+    assert "or use alltoall" in message(flex, device="cuda")
+    experts = "parallel.expert_model_parallel_size=2"
+    assert "use fp32" in message(flex, experts, "model.moe_router_dtype=fp64", device="cuda")
+    recipe = load_recipe(["experiment=tiny", flex, experts])
+    assert validate_recipe(recipe, device="cuda").ep == 2
 
 
 @functools.cache
