@@ -276,9 +276,9 @@ def test_host_refuses_what_its_standins_do_not_do():
     flex = "parallel.moe_token_dispatcher_type=flex"
     assert "use alltoall or allgather" in message(flex, device="host")
     assert "or use alltoall" in message(flex, device="cuda")
-    experts = "parallel.expert_model_parallel_size=2"
-    assert "use fp32" in message(flex, experts, "model.moe_router_dtype=fp64", device="cuda")
-    recipe = load_recipe(["experiment=tiny", flex, experts])
+    experts = [flex, "parallel.expert_model_parallel_size=2", "stage.micro_batch_size=1"]
+    assert "use fp32" in message(*experts, "model.moe_router_dtype=fp64", device="cuda")
+    recipe = load_recipe(["experiment=tiny", *experts])
     assert validate_recipe(recipe, device="cuda").ep == 2
 
 
