@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from precision.factories import check_library
-from precision.policy import Policy, block_format, is_quantized
+from precision.policy import NVFP4_PARTS, Policy, block_format, in_full, is_quantized
 from recipes.errors import PrecisionError
 from recipes.schema import PrecisionConfig
 
@@ -90,11 +90,15 @@ def applied_formats(
         consumed_tokens: tokens consumed when that step started.
 
     Returns:
-        Global name of each module of these chunks -> (format of the policy, format it ran in).
+        Global name of each module of these chunks -> (format of the policy, format it ran in), as
+        `policy.in_full` writes them.
     """
     formats = {d.gemm.name: d.format for d in policy.at(consumed_tokens)}
+    wanted = {
+        f: in_full(f, policy.disabled) if is_quantized(f) else "bf16" for f in formats.values()
+    }
     return {
-        name: (formats[name] if is_quantized(formats[name]) else "bf16", ran_in(module))
+        name: (wanted[formats[name]], ran_in(module))
         for name, module in linear_modules(chunks).items()
     }
 
@@ -117,18 +121,17 @@ def check_applied(formats: Mapping[str, tuple[str, str]]) -> None:
 def ran_in(module: "nn.Module") -> str:
     """The format of the last forward pass of a linear module; bf16: not quantised.
 
-    Stand-ins say it themselves (`quantized_with`); Transformer Engine keeps the recipe of its
-    last forward pass in `fp8_meta`.
+    Transformer Engine and the stand-in keep the recipe of the last forward pass in `fp8_meta`.
     """
-    said = getattr(module, "quantized_with", None)
-    if said is not None:
-        return str(said)
     if not module.fp8:
         return "bf16"
     recipe: Any = module.fp8_meta["recipe"]  # type: ignore[index]
     if recipe.custom():
         return str(recipe.qfactory.__name__)
-    return next((f for f in ("nvfp4", "mxfp8") if getattr(recipe, f)()), type(recipe).__name__)
+    if recipe.nvfp4():
+        # Read by the library when it is imported: it may not be what the run's recipe says.
+        return in_full("nvfp4", [p for p in NVFP4_PARTS if getattr(recipe, f"disable_{p}")])
+    return "mxfp8" if recipe.mxfp8() else type(recipe).__name__
 
 
 def block_formats(precision: PrecisionConfig) -> set[str]:

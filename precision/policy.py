@@ -19,6 +19,10 @@ each of them in turn, and Transformer Engine's quantisers refuse a remainder
 (NVFP4Quantizer.is_quantizable, MXFP8Quantizer.is_quantizable)."""
 
 
+NVFP4_PARTS = ("rht", "stochastic_rounding", "2d_quantization")
+"""Parts of the NVFP4 recipe that `disable_...` switches off."""
+
+
 @dataclass(frozen=True)
 class Gemm:
     """One linear module of the model that Transformer Engine can quantise."""
@@ -59,6 +63,8 @@ class Policy:
     """Consumed tokens at which the formats change; infinite without a switch."""
     evaluation: str | None
     """Format of quantised modules outside training; None: as in training."""
+    disabled: tuple[str, ...] = ()
+    """Those of NVFP4_PARTS that are switched off."""
 
     def at(self, consumed_tokens: float) -> tuple[Decision, ...]:
         """The formats of the step that starts with so many tokens consumed."""
@@ -66,8 +72,14 @@ class Policy:
 
 
 def block_format(name: str) -> str:
-    """The number format of a rule's format: nvfp4_backward -> nvfp4."""
-    return name.removesuffix("_backward")
+    """The number format of a rule's format, or of what a module ran in: nvfp4_backward and
+    `nvfp4 without rht` -> nvfp4."""
+    return name.partition(" ")[0].removesuffix("_backward")
+
+
+def in_full(name: str, disabled: Sequence[str]) -> str:
+    """A format with what is missing of it: `nvfp4 without rht`."""
+    return f"{name} without {', '.join(disabled)}" if name == "nvfp4" and disabled else name
 
 
 def is_quantized(name: str) -> bool:
@@ -103,7 +115,9 @@ def resolve(
             after = tuple(replace(d, format=_switched(d.format, switch.to)) for d in start)
         else:
             after = _decide(key, read_rules(key, switch.rules, num_layers), gemms)
-    return Policy(start, after, math.inf if tokens is None else tokens, precision.evaluation)
+    disabled = tuple(part for part in NVFP4_PARTS if getattr(precision, f"disable_{part}"))
+    switch_tokens = math.inf if tokens is None else tokens
+    return Policy(start, after, switch_tokens, precision.evaluation, disabled)
 
 
 def _switched(name: str, to: str) -> str:

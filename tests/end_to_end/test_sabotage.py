@@ -20,6 +20,15 @@ precision.apply.applied_formats = lambda *args: {n: (w, w) for n, (w, _) in hone
 """And whoever asks is told that they computed in their formats."""
 
 
+DEGRADED = """
+import os
+import precision.apply
+precision.apply.environment = lambda precision: {}
+os.environ |= {"NVTE_NVFP4_DISABLE_RHT": "1", "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING": "1"}
+"""
+"""And: NVFP4 without the Hadamard transform and stochastic rounding, whatever the recipe says."""
+
+
 def sabotaged(command: Command, folder: Path, code: str) -> Command:
     """The command, and every process it starts, with `code` run before anything else."""
     folder.mkdir()
@@ -55,3 +64,9 @@ def test_a_run_that_lies_about_its_formats_fails(
     (arm,) = report["arms"].values()
     assert not arm["verdict"]["passed"]
     assert any("ignored" in text for text in arm["verdict"]["failures"]), arm["verdict"]
+
+
+def test_an_arm_without_transform_and_stochastic_rounding_fails(data: Path, tmp_path: Path) -> None:
+    command = train(data, tmp_path / "run", "precision=nvfp4", "stage.train_steps=1")
+    output = sabotaged(command, tmp_path / "code", DEGRADED).run(code=5)
+    assert "mixer.in_proj ran in nvfp4 without rht, stochastic_rounding instead of nvfp4" in output

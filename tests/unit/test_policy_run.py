@@ -276,3 +276,23 @@ def _observe(
 ) -> None:
     form = block_format(module.quantized_with)
     seen[name, role] += tally(source, quantized, layout_of(form, role, form == "nvfp4"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "without"),
+    [("nvfp4_no_rht", "rht"), ("nvfp4_rtn", "stochastic_rounding")],
+)
+def test_switched_off_parts_are_told(
+    precision: str, without: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(f"precision={precision}")
+    for name, value in environment(recipe.precision).items():
+        monkeypatch.setenv(name, value)
+    model = build(recipe)
+    apply_policy([model], policy_of(recipe))
+    step(model)
+    found = applied_formats([model], policy_of(recipe))
+    check_applied(found)
+    assert found["decoder.layers.0.mixer.in_proj"] == (f"nvfp4 without {without}",) * 2
+    with pytest.raises(PrecisionError, match=f"nvfp4 without {without} instead of nvfp4"):
+        check_applied(applied_formats([model], policy_of(tiny("precision=nvfp4"))))
