@@ -21,8 +21,7 @@ COMPLETE = "complete"
 STOPPED = "stopped"
 """File of a run that a guard stopped for good; it says why."""
 
-MAY_CHANGE = (
-    "parallel",
+_APART = (
     "cluster",
     "checkpoint",
     "logging",
@@ -37,43 +36,27 @@ MAY_CHANGE = (
     "device",
     "traceback",
     "dry_run",
+    "data.cache",
+    "data.sources",
+    "data.prepare_if_missing",
+    "data.prepare_workers",
+)
+"""Keys and groups that say nothing about what is learned."""
+
+MAY_CHANGE = (
+    *_APART,
+    "parallel",
     "stage.train_steps",
     "stage.train_tokens",
     "stage.micro_batch_size",
     "stage.eval_interval",
     "stage.eval_steps",
-    "data.cache",
-    "data.sources",
-    "data.prepare_if_missing",
-    "data.prepare_workers",
 )
 """Keys and groups a resumed run may change: none alters what the next step computes, except
 stage.train_*, which extends the run (and its schedule, if that has no length of its own)."""
 
-
-NOT_LEARNING = (
-    "precision",
-    "checkpoint",
-    "logging",
-    "guard",
-    "cluster",
-    "compare",
-    "plan",
-    "sensitivity",
-    "convert",
-    "merge",
-    "parity",
-    "run.dir",
-    "device",
-    "traceback",
-    "dry_run",
-    "data.cache",
-    "data.sources",
-    "data.prepare_if_missing",
-    "data.prepare_workers",
-)
-"""Keys and groups two runs may differ in and still be paired: they say nothing about what is
-learned, or are what is compared."""
+NOT_LEARNING = (*_APART, "precision")
+"""Keys and groups two runs may differ in and still be paired: precision is what is compared."""
 
 
 def check(recipe: Recipe) -> list[str]:

@@ -164,27 +164,17 @@ class Probe:
 
     def _run(self, decisions: tuple["Decision", ...], batches: list[Any]) -> float:
         import torch
-        from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from precision.apply import applied_formats, apply_policy, check_applied
-        from train.step import forward_step, reduce_losses
+        from train.step import reduce_losses, run_schedule
 
         policy = replace(self.policy, start=decisions, after=decisions)
         apply_policy(self.chunks, policy)
-        iterator, reports = iter(batches), []
+        iterators, reports = [iter(batches) for _ in self.chunks], []
+        count, stage = self._microbatches, self.recipe.stage
         with torch.no_grad():
             for _ in range(self.recipe.sensitivity.batches):
-                reports += get_forward_backward_func()(
-                    forward_step_func=forward_step,
-                    data_iterator=[iterator] * len(self.chunks)
-                    if len(self.chunks) > 1
-                    else iterator,
-                    model=self.chunks,
-                    num_microbatches=self._microbatches,
-                    seq_length=self.recipe.stage.sequence_length,
-                    micro_batch_size=self.recipe.stage.micro_batch_size,
-                    forward_only=True,
-                )
+                reports += run_schedule(self.chunks, iterators, count, stage, forward_only=True)
         check_applied(applied_formats(self.chunks, policy))
         return reduce_losses(reports, None, 0, 1).loss
 

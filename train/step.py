@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.pattern import Pattern
 from parallel import wire
+from recipes.schema import StageConfig
 from train.batches import packed_documents
 
 
@@ -76,6 +77,37 @@ def forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tens
         packed_seq_params=packed_documents(batch),
     )
     return output, partial(masked_loss_sum, batch["loss_mask"])
+
+
+def run_schedule(
+    chunks: list[Any],
+    batches: list[Iterator[dict[str, Tensor]]],
+    num_microbatches: int,
+    stage: StageConfig,
+    forward_only: bool,
+) -> list[Tensor]:
+    """One pass of Megatron's schedule.
+
+    Args:
+        chunks: this rank's model chunks.
+        batches: the same micro batches for each chunk, an iterator each: Megatron takes from
+            every one of them.
+        num_microbatches: of this rank.
+
+    Returns:
+        [loss sum, tokens] of each micro batch; empty but on the last pipeline stage.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches if len(chunks) > 1 else batches[0],
+        model=chunks,
+        num_microbatches=num_microbatches,
+        seq_length=stage.sequence_length,
+        micro_batch_size=stage.micro_batch_size,
+        forward_only=forward_only,
+    )
 
 
 class Routers:

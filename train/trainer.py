@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from model.gemms import policy_of
 from model.pattern import parse_pattern
@@ -28,7 +27,7 @@ from train.guards import (
 from train.metrics import Reporter
 from train.numerics import Numerics
 from train.optimizer import tokens_per_step, train_steps
-from train.step import Routers, StepResult, forward_step, reduce_losses
+from train.step import Routers, StepResult, reduce_losses, run_schedule
 from train.telemetry import Telemetry
 
 
@@ -75,7 +74,6 @@ class Trainer:
             recipe.stage.micro_batch_size * dp
         )
         self.wire = wire.install()
-        self._forward_backward = get_forward_backward_func()
         self.gradient_elements = gradient_elements(state.optimizer)
         self._batches: list[Iterator[dict[str, torch.Tensor]]] | None = None
 
@@ -200,15 +198,8 @@ class Trainer:
         forward_only: bool,
     ) -> list[torch.Tensor]:
         """One pass of Megatron's schedule; [loss sum, tokens] of each micro batch."""
-        chunks = self.state.chunks
-        return self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=batches if len(chunks) > 1 else batches[0],
-            model=chunks,
-            num_microbatches=num_microbatches,
-            seq_length=self.recipe.stage.sequence_length,
-            micro_batch_size=self.recipe.stage.micro_batch_size,
-            forward_only=forward_only,
+        return run_schedule(
+            self.state.chunks, batches, num_microbatches, self.recipe.stage, forward_only
         )
 
     def _handle_bad_step(self, result: StepResult) -> str:

@@ -19,9 +19,10 @@ def main(recipe: Recipe) -> int:
     original = run.train
 
     def start(*arguments: Any) -> int:
-        from train import trainer  # imports Megatron, so not before the backends are in place
+        # These import Megatron, so not before the backends are in place.
+        from train import step, trainer
 
-        trainer.forward_step = _poison(trainer.forward_step)
+        step.forward_step = _poison(step.forward_step)
         trainer.Trainer.fit = _comparing(trainer.Trainer.fit)  # type: ignore[method-assign]
         return original(*arguments)
 
