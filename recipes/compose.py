@@ -4,6 +4,7 @@ Hydra composes, the schema checks; what Hydra and OmegaConf say about a bad key 
 turned into one sentence that names the nearest valid key.
 """
 
+import itertools
 import re
 import sys
 import traceback
@@ -15,6 +16,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -25,6 +27,9 @@ from recipes.schema import Recipe
 
 _SHIPPED = Path(__file__).parent
 """The recipes of this package."""
+
+MULTIRUN = ("-m", "--multirun")
+"""Hydra's names of the option that lets a key have several values."""
 
 USAGE = """usage: python -m {module} [GROUP=CHOICE | KEY=VALUE]...
 
@@ -86,8 +91,49 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe), resolve=True)
 
 
-def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
+def points(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Every combination of the values of a sweep (`optimizer.lr=1e-3,2e-3`, Hydra's grammar).
+
+    Returns:
+        A name made of the values, fit for a folder -> overrides; one entry, named "", if nothing
+        is swept.
+
+    Raises:
+        ConfigError: what is no override, or two points of one name.
+    """
+    axes = []
+    for override in _parsed(overrides):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            short = key.split(".")[-1]
+            axes.append([(f"{key}={v}", f"{short}-{v}") for v in override.sweep_string_iterator()])
+        else:
+            axes.append([(str(override.input_line), "")])
+    found: dict[str, list[str]] = {}
+    for point in itertools.product(*axes):
+        name = re.sub(r"[^\w.+-]+", "-", "_".join(label for _, label in point if label))
+        if name in found:
+            raise ConfigError(f"two points of the sweep would be called {name}; give other values")
+        found[name] = [override for override, _ in point]
+    return found
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The overrides of a command line, and the value of --config-dir.
+
+    Raises:
+        ConfigError: --config-dir without a value.
+    """
+    overrides = list(arguments)
+    config_dir = _take_option(overrides, "--config-dir")
+    return overrides, Path(config_dir) if config_dir else None
+
+
+def run_cli(main: Callable[[Recipe], int | None], module: str, sweeps: bool = False) -> None:
     """Run `main(recipe)` for the overrides in sys.argv and exit with its code.
+
+    With `sweeps`, `--multirun` lets keys have several values: `main` gets the recipe of the first
+    point, and reads the others from sys.argv (see `points`).
 
     A StrataError is printed as one message and exits with its code, 2; `traceback=true` shows where
     it came from. Ctrl-C exits with 130, unless `main` handles it.
@@ -100,14 +146,19 @@ def run_cli(main: Callable[[Recipe], int | None], module: str) -> None:
         print(describe_keys())
         raise SystemExit(0)
     show = "--cfg" in arguments
-    overrides = [a for a in arguments if a != "--cfg"]
+    flags = ["--cfg", *(MULTIRUN if sweeps else [])]
+    overrides = [a for a in arguments if a not in flags]
     try:
-        config_dir = _take_option(overrides, "--config-dir")
+        overrides, config_dir = split_arguments(overrides)
         unknown = [a for a in overrides if a.startswith("-")]
         if unknown:
+            if unknown[0] in MULTIRUN:
+                raise ConfigError(f"{unknown[0]}: only python -m slurm.submit sweeps")
             raise ConfigError(
                 f"{unknown[0]} is not an option; use --help, --config-dir DIR, --cfg or --keys"
             )
+        if set(MULTIRUN) & set(arguments):
+            overrides = next(iter(points(overrides).values()))
         recipe = load_recipe(overrides, config_dir)
         if show:
             print(to_yaml(recipe), end="")
@@ -153,15 +204,19 @@ def _take_option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> None:
-    """Reject unknown groups, choices and keys with the nearest valid name."""
+def _parsed(overrides: Sequence[str]) -> list[Override]:
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(
             f"{error.override} is not an override; write KEY=VALUE or GROUP=CHOICE, and quote "
             "values with spaces or special characters: 'KEY=\"VALUE\"'"
         ) from error
+
+
+def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Reject unknown groups, choices and keys with the nearest valid name."""
+    parsed = _parsed(overrides)
     keys, known = valid_keys(), groups(config_dir)
     for override in parsed:
         key = override.key_or_group.lstrip("/")
@@ -172,8 +227,8 @@ def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> None:
             )
         if override.is_sweep_override():
             raise ConfigError(
-                f"{override.input_line}: one run takes one value; write a list as [A,B] and "
-                "start a run for each value of a sweep"
+                f"{override.input_line}: one run takes one value; write a list as [A,B]; "
+                "python -m slurm.submit --multirun queues a run for each value of a sweep"
             )
         if key in known:
             value = override.value()

@@ -19,12 +19,15 @@ _RECENT = 20
 
 
 def main(recipe: Recipe) -> int:
-    """Print the status of recipe.run.dir.
+    """Print the status of the run, or of the runs of an array, in recipe.run.dir.
 
     Raises:
         ConfigError: nothing was submitted or trained there.
     """
     folder = Path(recipe.run.dir).resolve()
+    if arms := sorted(path for path in folder.glob("arms/*") if path.is_dir()):
+        print(overview(arms))
+        return 0
     jobs = submitted(folder)
     if not jobs and not (folder / "config.json").exists():
         raise ConfigError(f"run.dir={folder} holds no run; give that of slurm.submit or of train")
@@ -35,6 +38,16 @@ def main(recipe: Recipe) -> int:
     if events:
         print(f"\n{history(events)}")
     return 0
+
+
+def overview(arms: list[Path]) -> str:
+    """A table of the runs of a comparison or a sweep, a line each."""
+    rows: list[tuple[str, ...]] = [("run", "step", "loss", "speed", "state")]
+    for arm in arms:
+        jobs = submitted(arm)
+        said = dict(status(arm, jobs, client.queued(jobs[-1]) if jobs else []))
+        rows.append((arm.name, *(said.get(name, "") for name in rows[0][1:])))
+    return table(rows, left=(0, 4))
 
 
 def status(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
@@ -87,7 +100,7 @@ def duration(seconds: float) -> str:
 
 def _state(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> str:
     if queue:
-        mine = _mine(folder, queue)
+        mine = queue[0]
         where = f" on {mine['nodes']}" if mine["nodes"] else ""
         if mine["state"] == "RUNNING":
             return f"running: job {mine['task']}{where}, {mine['left']} of the time limit left"
@@ -105,13 +118,6 @@ def _state(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> str:
     if events and events[-1]["event"] == "end":
         return f"ended: {events[-1]['reason']}"
     return f"ended: job {jobs[-1]} is not in the queue and its script did not say why"
-
-
-def _mine(folder: Path, queue: list[dict[str, str]]) -> dict[str, str]:
-    """The task of an array that works in this directory."""
-    events = _lines(folder / "slurm" / "chain.jsonl")
-    task = str(events[-1].get("task", "")) if events else ""
-    return next((t for t in queue if task and t["task"] == task), queue[0])
 
 
 def _steps(folder: Path) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel.layout import Layout
-from recipes.compose import load_recipe, run_cli, to_yaml
+from recipes.compose import MULTIRUN, load_recipe, points, run_cli, split_arguments, to_yaml
 from recipes.errors import ConfigError, DataError
 from recipes.rules import fail
 from recipes.schema import Recipe
@@ -40,13 +40,12 @@ def main(recipe: Recipe) -> int:
             "are finished and need no job",
             "use python -m train.compare, or compare.precisions to train",
         )
-    recipes = _arms(recipe) if recipe.compare.precisions else {"run": recipe}
-    folder = Path(_comparison_folder(recipe) if len(recipes) > 1 else recipe.run.dir).resolve()
+    recipes, folder = _runs(recipe)
     layouts = [_check(r) for r in recipes.values()]
     number = 1 + max((int(p.name) for p in folder.glob("slurm/[0-9]*")), default=0)
     place = folder / "slurm" / str(number)
     runs = [Run(name, Path(r.run.dir).resolve(), place / name) for name, r in recipes.items()]
-    nodes, per_node = shape(recipe.cluster, layouts[0])
+    nodes, per_node = _one_shape(recipes, layouts)
     job = Job(
         name=f"strata-{folder.name}",
         folder=place,
@@ -68,11 +67,10 @@ def main(recipe: Recipe) -> int:
     _write(job, recipes)
     number_of_job = _queue(job, "job.sh")
     print(f"job {number_of_job}: {place}/job.sh\n{planned}")
-    if len(runs) > 1:
+    if recipe.compare.precisions:
         report = _queue_report(job, recipe, folder, number_of_job)
         print(f"job {report}: {place}/report.sh, after all {len(runs)} runs")
-    where = runs[0].folder if len(runs) == 1 else f"{folder}/arms/..."
-    print(f"python -m slurm.status run.dir={where}")
+    print(f"python -m slurm.status run.dir={folder}")
     return 0
 
 
@@ -83,23 +81,57 @@ def bad_nodes(folder: Path) -> list[str]:
     return sorted({line.split("\t")[0] for line in lines if line})
 
 
-def _arms(recipe: Recipe) -> dict[str, Recipe]:
+def _runs(recipe: Recipe) -> tuple[dict[str, Recipe], Path]:
+    """Name -> recipe of every run of the job, and the folder of them all."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("dry_run=")]
+    if not set(MULTIRUN) & set(arguments):
+        if recipe.compare.precisions:
+            folder = Path(_comparison_folder(recipe)).resolve()
+            return _arms(recipe, arguments, folder), folder
+        return {"run": recipe}, Path(recipe.run.dir).resolve()
+    if recipe.compare.precisions:
+        fail(
+            "compare.precisions", recipe.compare.precisions, "is an array by itself", "leave out -m"
+        )
+    folder = Path(recipe.run.dir).resolve()
+    overrides, config_dir = split_arguments([a for a in arguments if a not in MULTIRUN])
+    found = points(overrides)
+    if list(found) == [""]:
+        raise ConfigError("--multirun and no key with several values; write KEY=A,B")
+    if any(o.startswith("run.dir=") and "," in o for o in overrides):
+        raise ConfigError(
+            "run.dir is one folder for the whole sweep; leave several values to others"
+        )
+    place = "run.dir={}/arms/{}".format
+    return {
+        name: load_recipe([*point, place(folder, name)], config_dir)
+        for name, point in found.items()
+    }, folder
+
+
+def _arms(recipe: Recipe, arguments: list[str], folder: Path) -> dict[str, Recipe]:
     """A recipe for each run of a comparison."""
     from train.compare import plan
 
-    arms = plan(recipe, _without_dry_run(), Path(_comparison_folder(recipe)))
     found = {}
-    for arm in arms:
-        arguments = list(arm.arguments)
-        config_dir = None
-        if arguments[:1] == ["--config-dir"]:
-            config_dir, arguments = arguments[1], arguments[2:]
-        found[arm.name] = load_recipe(arguments, config_dir)
+    for arm in plan(recipe, arguments, folder):
+        overrides, config_dir = split_arguments(arm.arguments)
+        found[arm.name] = load_recipe(overrides, config_dir)
     return found
 
 
-def _without_dry_run() -> list[str]:
-    return [a for a in sys.argv[1:] if not a.startswith("dry_run=")]
+def _one_shape(recipes: dict[str, Recipe], layouts: list[Layout]) -> tuple[int, int]:
+    """Nodes, and ranks of a node, which all runs of an array have in common."""
+    cluster = next(iter(recipes.values())).cluster
+    shapes = {name: shape(cluster, x) for name, x in zip(recipes, layouts, strict=True)}
+    first, *others = shapes.items()
+    for name, (nodes, ranks) in others:
+        if (nodes, ranks) != first[1]:
+            raise ConfigError(
+                f"run {first[0]} takes {first[1][0]} nodes x {first[1][1]} ranks and run {name} "
+                f"{nodes} x {ranks}; the runs of an array have one size: submit them by size"
+            )
+    return first[1]
 
 
 def _comparison_folder(recipe: Recipe) -> str:
@@ -204,15 +236,12 @@ def _queue(job: Job, script: str, *options: str) -> str:
             shutil.rmtree(job.folder)
         raise
     if script == "job.sh":
-        for folder in {job.folder, *(_submission(job, run) for run in job.runs)}:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "job-id").write_text(number + "\n")
+        (job.folder / "job-id").write_text(number + "\n")
+        for index, run in enumerate(job.runs if len(job.runs) > 1 else []):
+            own = run.folder / "slurm" / job.folder.name  # what a run of an array remembers
+            own.mkdir(parents=True, exist_ok=True)
+            (own / "job-id").write_text(f"{number}_{index}\n")
     return number
-
-
-def _submission(job: Job, run: Run) -> Path:
-    """Where a run of an array remembers its job."""
-    return run.folder / "slurm" / job.folder.name
 
 
 def _queue_report(job: Job, recipe: Recipe, folder: Path, array: str) -> str:
@@ -225,4 +254,4 @@ def _queue_report(job: Job, recipe: Recipe, folder: Path, array: str) -> str:
 
 
 if __name__ == "__main__":
-    run_cli(main, "slurm.submit")
+    run_cli(main, "slurm.submit", sweeps=True)

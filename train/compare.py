@@ -4,7 +4,6 @@ compare.precisions trains the arms, each by `python -m train` in a process of it
 compare.runs takes finished runs. comparison.md says what the report means.
 """
 
-import argparse
 import shlex
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.validate import validate_recipe
-from recipes.compose import choices, load_recipe, run_cli
+from recipes.compose import choices, load_recipe, run_cli, split_arguments
 from recipes.errors import ConfigError, StrataError
 from recipes.rules import one_of
 from recipes.schema import Recipe
@@ -125,23 +124,21 @@ def plan(recipe: Recipe, arguments: list[str], folder: Path) -> list[Arm]:
             f"precision and compare.precisions={settings.precisions} both say what to train; "
             "leave precision out"
         )
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", type=Path)
-    options, overrides = parser.parse_known_args(arguments)  # run_cli has refused any other
+    overrides, config_dir = split_arguments(arguments)
     common = [
         o
         for o in overrides
         if o.split("=")[0] not in DECIDED_HERE and not o.startswith(("compare.", "compare="))
     ]
-    place = ["--config-dir", str(options.config_dir)] if options.config_dir else []
+    place = ["--config-dir", str(config_dir)] if config_dir else []
     arms = []
     for precision in settings.precisions:
-        one_of("compare.precisions", precision, choices("precision", options.config_dir))
+        one_of("compare.precisions", precision, choices("precision", config_dir))
         for seed in range(recipe.run.seed, recipe.run.seed + settings.seeds):
             name = f"{precision}-{seed}"
             where = folder / "arms" / name
             own = [f"precision={precision}", f"run.seed={seed}", f"run.dir={where}"]
-            planned = load_recipe([*common, *own], options.config_dir)
+            planned = load_recipe([*common, *own], config_dir)
             validate_recipe(planned)
             rundir.check(planned)
             arms.append(Arm(name, where, [*place, *common, *own], train_steps(planned.stage)))

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,34 @@ def test_a_bad_node_is_named_and_left_out(
     assert "#SBATCH --exclude=n1\n" in script
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_node_that_cannot_reduce_is_found(
+    submission: Submission, straight: Path, tmp_path: Path, nodes: int
+) -> None:
+    """n1 answers the checks but fails in the all-reduce: found alone, or in a ring of pairs."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        '[ "$SLURMD_NODENAME" = n1 ] && [[ "$*" == *all_reduce* ]] && exit 1\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    faulty = [f"cluster.python={python}", "cluster.health.all_reduce_mb=1"]
+    if nodes == 3:  # no third node is left, so this job waits
+        three = ["cluster.ranks_per_node=1", "parallel.data_parallel_size=3"]
+        job = submission.submit(*faulty, *three, "stage.global_batch_size=6")
+        submission.until(lambda: bool(submission.reasons("requeue")), "the requeue")
+        submission.lab.call("scancel", job)
+    else:
+        submission.submit(*faulty)
+        complete(submission, straight)
+        assert submission.events()[-1]["nodes"] == "n[2-3]"
+    assert submission.reasons("requeue") == ["bad nodes: n1"]
+    line = (submission.run / "bad-nodes").read_text()
+    assert line == "n1\tfails the all-reduce with every neighbour, or alone\n"
+    assert not (submission.run / "strikes").exists()
+
+
 def test_torchrun(submission: Submission, straight: Path) -> None:
     job = submission.submit("cluster.launcher=torchrun")
     submission.wait_for_step(3)
@@ -153,3 +182,16 @@ def test_a_comparison_is_an_array_and_a_report(submission: Submission) -> None:
         assert {e["task"].split("_")[0] for e in one.events()} == {array}
         assert "complete at step 8" in one.status()
     submission.until(lambda: submission.lab.call("squeue", "-h") == "", "an empty queue")
+
+
+def test_a_sweep_is_an_array(submission: Submission) -> None:
+    short = ["parallel.data_parallel_size=2", "stage.train_steps=8"]
+    array = submission.submit("--multirun", *short, "optimizer.lr=1e-3,2e-3")
+    for number, lr in enumerate(("0.001", "0.002")):
+        one = Submission(submission.lab, submission.data, submission.run / "arms" / f"lr-{lr}")
+        assert one.wait_for_end() == "complete at step 8"
+        assert {e["task"] for e in one.events()} == {f"{array}_{number}"}
+        assert max(r["learning_rate"] for r in records(one.run)) <= float(lr)
+    said = submission.status().splitlines()
+    assert [line.split()[0] for line in said] == ["run", "lr-0.001", "lr-0.002"]
+    assert all("complete at step 8" in line for line in said[1:])

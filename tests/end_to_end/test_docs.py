@@ -74,9 +74,7 @@ def test_command(command: str, data: Path, tmp_path: Path) -> None:
         small = [o for o in SMALL if o.split("=")[0] not in chosen] + [sources(data)]
         steps = 8 if words[2] == "train.compare" else 2
         words = [re.sub(r"^stage.train_steps=.*", f"stage.train_steps={steps}", w) for w in words]
-        words = [
-            re.sub(r"^(stage.micro_batch_size)=([3-9]|\d\d+)$", r"\1=2", w) for w in words
-        ]
+        words = [re.sub(r"^(stage.micro_batch_size)=([3-9]|\d\d+)$", r"\1=2", w) for w in words]
     elif words[2] == "data.prepare":
         small = [] if any(w.startswith("data.sources") for w in words) else [sources(tmp_path)]
     environment = os.environ | {"STRATA_DATA": str(data), "OMP_NUM_THREADS": "1"}

@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recipes.compose import load_recipe
 from slurm import client, health
-from slurm.status import duration, history, status
+from slurm.status import duration, history, main, status
 
 RUNNING = {"task": "7", "state": "RUNNING", "nodes": "n[1-2]", "left": "1:02", "reason": "None"}
 
@@ -57,10 +59,19 @@ def test_running(folder: Path) -> None:
     assert "bad nodes" not in said
 
 
-def test_a_task_of_an_array_finds_itself(folder: Path) -> None:
-    event(folder, "start", "start 1", task="7_1")
-    tasks = [RUNNING | {"task": "7_0"}, RUNNING | {"task": "7_1", "nodes": "n3"}]
-    assert "job 7_1 on n3" in lines(folder, tasks)["state"]
+def test_an_array_is_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arm = folder / "all" / "arms" / "lr-0.1"
+    arm.mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.json"):
+        shutil.copy(folder / name, arm)
+    (arm / "complete").write_text("30\n")
+    (folder / "all" / "arms" / "lr-0.2").mkdir()
+    assert main(load_recipe(["experiment=tiny", f"run.dir={folder}/all"])) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        "run step loss speed state".split(),
+        "lr-0.1 30 of 40 (75%) 4.7000 1,234 tokens/s complete at step 30".split(),
+        "lr-0.2 none yet not submitted to Slurm from this directory".split(),
+    ]
 
 
 def test_pending_says_why(folder: Path) -> None:

@@ -106,7 +106,7 @@ def dry_run(
 ) -> tuple[str, str, int]:
     monkeypatch.setattr(sys, "argv", ["slurm.submit", *arguments, "dry_run=true"])
     with pytest.raises(SystemExit) as end:
-        run_cli(submit.main, "slurm.submit")
+        run_cli(submit.main, "slurm.submit", sweeps=True)
     out, err = capsys.readouterr()
     return out, err, int(end.value.code or 0)
 
@@ -143,6 +143,49 @@ def test_a_comparison_is_an_array(
     assert code == 0
     assert "#SBATCH --array=0-3\n" in script
     assert f"run_dir={tmp_path}/both/arms/nvfp4-1235\n" in script
+
+
+def test_a_sweep_is_an_array(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    swept = ["-m", "optimizer.lr=1e-3,2e-3", "precision=bf16,nvfp4", f"run.dir={tmp_path}/all"]
+    script, said, code = dry_run(monkeypatch, capsys, "experiment=tiny", "cluster=lab", *swept)
+    assert code == 0, said
+    assert "#SBATCH --array=0-3\n" in script
+    for name in ("lr-0.001_precision-bf16", "lr-0.002_precision-nvfp4"):
+        assert f"run_dir={tmp_path}/all/arms/{name}\n" in script
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.lr=1e-3"], "no key with several values"),
+        (["run.dir=a,b"], "run.dir is one folder for the whole sweep"),
+        (["optimizer.lr=1e-3,1e-3"], "two points of the sweep would be called lr-0.001"),
+        (["parallel.data_parallel_size=2,4", "stage.micro_batch_size=2"], "have one size"),
+        (["optimizer.lr=1e-3,2e-3", "compare.precisions=[bf16]"], "is an array by itself"),
+        (["optimizer.lr=1e-3,-2"], "optimizer.lr=-2"),
+    ],
+)
+def test_a_bad_sweep_is_refused(
+    overrides: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    here = ["experiment=tiny", "cluster=lab", "--multirun"]
+    script, said, code = dry_run(monkeypatch, capsys, *here, *overrides)
+    assert (code, script) == (2, "")
+    assert words in said and said.count("\n") == 1, said
+
+
+def test_only_submissions_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "experiment=tiny", "run.seed=1,2"])
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(lambda recipe: 0, "train")
+    assert "only python -m slurm.submit sweeps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

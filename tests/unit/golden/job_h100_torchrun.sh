@@ -232,13 +232,57 @@ if [ ${#found[@]} -gt 0 ]; then
     rm -f "$run_dir/slurm/begun" # no failure of the run
     again "bad nodes: $(printf '%s\n' "${found[@]}" | cut -f 1 | paste -sd ,)"
 fi
-in_foreground timeout 120 srun --nodes=8 --ntasks=64 --ntasks-per-node=8 \
-    --overlap --kill-on-bad-exit=1 --output="$answers/all-reduce-%t.log" \
-    "${container[@]}" "${inside[@]}" "$python" -m parallel.all_reduce 16.0
+# One all-reduce over all ranks of some nodes.
+# shellcheck disable=SC2329 # called through in_foreground
+all_reduce() { # all_reduce LOG NODE...
+    local log=$1
+    shift
+    MASTER_ADDR=$1 timeout 120 srun --nodelist="$(IFS=,; echo "$*")" --nodes=$# \
+        --ntasks=$(($# * 8)) --ntasks-per-node=8 \
+        --overlap --kill-on-bad-exit=1 --output="$answers/$log-%t.log" \
+        "${container[@]}" "${inside[@]}" "$python" -m parallel.all_reduce 16.0
+}
+
+# Which node is it? Each with its two neighbours in a ring, pairs that share no node at the same
+# time; two nodes each alone. Answers are files, one for each that works.
+# shellcheck disable=SC2329 # called through in_foreground
+try_in_pairs() {
+    local n=${#nodes[@]} round i mine
+    for round in 0 1 2; do
+        for ((i = 0; i < n; i++)); do
+            mine=$((i % 2))
+            if [ "$i" -eq $((n - 1)) ] && [ $((n % 2)) -eq 1 ]; then mine=2; fi # closes an odd ring
+            [ "$mine" -eq "$round" ] || continue
+            if [ "$n" -le 2 ]; then
+                (all_reduce "alone-$i" "${nodes[i]}" && touch "$answers/works-$i") &
+            else
+                (all_reduce "pair-$i" "${nodes[i]}" "${nodes[(i + 1) % n]}" && touch "$answers/works-$i") &
+            fi
+        done
+        wait
+    done
+}
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+in_foreground all_reduce all-reduce "${nodes[@]}"
 [ -z "$asked$warned" ] || after_the_ranks 0
 if [ "$code" -ne 0 ]; then
-    strike "the all-reduce before the run failed"
-    again "the all-reduce before the run failed; see $answers"
+    say "the all-reduce failed; looking for the node"
+    in_foreground try_in_pairs
+    [ -z "$asked$warned" ] || after_the_ranks 0
+    found=()
+    for i in "${!nodes[@]}"; do
+        before=$(((i + ${#nodes[@]} - 1) % ${#nodes[@]}))
+        [ "${#nodes[@]}" -ne 2 ] || before=$i
+        [ -e "$answers/works-$i" ] || [ -e "$answers/works-$before" ] || found+=("${nodes[i]}")
+    done
+    if [ ${#found[@]} -gt 0 ] && [ ${#found[@]} -lt ${#nodes[@]} ]; then
+        printf '%s\tfails the all-reduce with every neighbour, or alone\n' "${found[@]}" >>"$run_dir/bad-nodes"
+        rm -f "$run_dir/slurm/begun" # no failure of the run
+        again "bad nodes: $(IFS=,; echo "${found[*]}")"
+    fi
+    strike "the all-reduce before the run failed, and no node alone is at fault"
+    again "the all-reduce before the run failed, and no node alone is at fault; see $answers"
 fi
 
 # ---- The ranks -------------------------------------------------------------------------------
