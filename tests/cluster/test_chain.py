@@ -163,7 +163,7 @@ def test_resume_extend_and_another_layout(submission: Submission) -> None:
     assert submission.events()[-1]["nodes"] == "n1"
     assert "is complete at step" in submission.command("parallel.data_parallel_size=2").refused()
     longer = ["parallel.data_parallel_size=2", f"stage.train_steps={STEPS + 2}"]
-    submission.submit(*longer, "optimizer.lr_schedule_tokens=100000")
+    submission.submit(*longer)
     submission.until(lambda: len(submission.reasons("end")) == 3, "the third end")
     assert submission.reasons("end")[1:] == [f"complete at step {n}" for n in (STEPS, STEPS + 2)]
     assert [r["step"] for r in records(submission.run)] == list(range(1, STEPS + 3))
