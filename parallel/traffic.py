@@ -28,9 +28,10 @@ def traffic(job: Job, share: Share) -> list[Traffic]:
     dp, edp = layout.dp * layout.cp, layout.edp
     dense, expert = own.dense * (dp - 1) / dp, own.experts * (edp - 1) / edp
     stage_ranks = layout.world_size // layout.pp
-    # Megatron has an optimizer for the dense weights and one for the experts, and each of them
-    # gathers the weights of both unless the forward pass does.
-    gathers = 2 if own.experts and not job.parallel.overlap_param_gather else 1
+    # Where experts have groups of their own, Megatron has an optimizer for them and one for the
+    # dense weights, and each of them gathers the weights of both unless the forward pass does.
+    two_optimizers = own.experts and (layout.ep > 1 or layout.tp > 1)
+    gathers = 2 if two_optimizers and not job.parallel.overlap_param_gather else 1
     found = [
         *_expert_traffic(job, symbols.count("E") * steps),
         Traffic("tensor", layout.tp, _tensor(job, share, symbols) * steps),

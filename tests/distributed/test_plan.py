@@ -17,8 +17,4 @@ def test_a_rank_holds_sends_and_needs_what_was_planned(name: str) -> None:
         for purpose, amount in sent.items():
             # Random tokens load experts unevenly; scalars and counts are not planned.
             assert plan["sent"][purpose] == pytest.approx(amount, rel=0.02), purpose
-    planned = sum(plan["allocated"] for plan in predicted)
-    peak = sum(here["allocated"] for here in found)
-    assert planned < 1.1 * peak
-    if name != "tiny, tp2":  # gloo lets go of gathered tensors late when the machine is busy
-        assert planned > 0.9 * peak
+        assert plan["allocated"] == pytest.approx(here["allocated"], rel=0.1)
