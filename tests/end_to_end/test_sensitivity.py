@@ -59,14 +59,23 @@ def test_refused_without_what_it_needs(data: Path, straight: Path, tmp_path: Pat
     assert "quantises no module" in nothing.refused()
 
 
+LAYOUTS = {
+    "two ranks": ["parallel.data_parallel_size=2"],
+    "virtual stages": [
+        "parallel.pipeline_model_parallel_size=2",
+        "model.hybrid_layer_pattern=M|E|*|E/*E/*E",
+    ],
+}
+
+
 @pytest.mark.slow
-def test_two_ranks_and_the_other_measure(data: Path, straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_measure_the_same(data: Path, straight: Path, tmp_path: Path, layout: str) -> None:
     losses = []
-    for name, ranks in (("one", 1), ("two", 2)):
+    for name, overrides in (("one", []), ("two", LAYOUTS[layout])):
         run = tmp_path / name
         shutil.copytree(straight, run)
-        layout = f"parallel.data_parallel_size={ranks}"
-        study(data, run, layout, "sensitivity.measure=protected").run()
+        study(data, run, *overrides, "sensitivity.measure=protected").run()
         report = json.loads((run / "sensitivity" / "report.json").read_text())
         losses.append({m["module"]: m["loss"] for m in report["modules"]})
         assert report["measure"] == "protected"
