@@ -151,12 +151,12 @@ class Lab:
 
     def stop(self) -> None:
         """End every daemon and job of this lab, undo what was done to the network."""
-        processes = [*daemons(self.folder), *_steps(self.conf)]
+        processes = [*daemons(self.folder), *_steps(self.folder)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(processes, timeout=5)
-        for process in [*alive, *_steps(self.conf)]:
+        for process in [*alive, *_steps(self.folder)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=5)
@@ -183,14 +183,20 @@ def running(folder: Path) -> bool:
     return bool(daemons(folder))
 
 
-def _steps(conf: Path) -> list[psutil.Process]:
-    """What is left of jobs: a node that was lost leaves its step daemons and tasks behind."""
+def _steps(folder: Path) -> list[psutil.Process]:
+    """What is left of jobs: a node that was lost leaves its step daemons and tasks behind.
+
+    A step daemon writes its title over its environment, but has the log of its node open.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            inside = process.environ().get("SLURM_CONF") == str(conf)
-            job = "SLURM_JOB_ID" in process.environ() or "slurmstepd" in process.name()
-            if inside and job and process.pid != os.getpid():
+            if process.name() == "slurmstepd":
+                mine = any(file.path.startswith(f"{folder}/") for file in process.open_files())
+            else:
+                env = process.environ()
+                mine = env.get("SLURM_CONF") == f"{folder}/slurm.conf" and "SLURM_JOB_ID" in env
+            if mine and process.pid != os.getpid():
                 found.append(process)
     return found
 
