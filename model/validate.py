@@ -85,6 +85,7 @@ def validate_sizes_apart(
         num_stages=len(pattern.stages),
         mtp_depths=pattern.mtp_depths,
     )
+    _residual(recipe)
     _documents(recipe)
     if (device or recipe.device) == "host":
         _host(recipe)
@@ -219,6 +220,19 @@ def _fp8_mamba(recipe: Recipe, pattern: Pattern) -> None:
             f"gives mixer.in_proj {rows} rows, and Megatron wants a multiple of 16 wherever "
             "something runs in MXFP8",
             "use a multiple of 16 heads",
+        )
+
+
+def _residual(recipe: Recipe) -> None:
+    """Transformer Engine's layers with a norm inside want input and weights of one type."""
+    dtype = recipe.precision.params_dtype
+    if recipe.model.fp32_residual_connection and dtype != "fp32":
+        fail(
+            "model.fp32_residual_connection",
+            True,
+            f"gives Transformer Engine FP32 inputs for weights of precision.params_dtype={dtype}, "
+            "which it refuses",
+            "use false, or precision=fp32",
         )
 
 

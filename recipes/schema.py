@@ -90,7 +90,7 @@ class ModelConfig:
     layernorm_epsilon: float = 1.0e-5
     """Epsilon of every RMSNorm. The gated norm of Mamba is fixed at 1e-5 in Megatron."""
     fp32_residual_connection: bool = False
-    """Keep the residual stream in FP32."""
+    """Keep the residual stream in FP32; only with FP32 weights."""
     hidden_dropout: float = 0.0
     """Dropout of every residual branch."""
     attention_dropout: float = 0.0

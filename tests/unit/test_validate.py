@@ -44,6 +44,10 @@ def layout(*overrides: str, world_size: int | None = None) -> Layout:
 # Overrides -> key=value and remedy that the message must hold.
 BROKEN: list[tuple[list[str], list[str]]] = [
     # model
+    (
+        ["model.fp32_residual_connection=true"],
+        ["params_dtype=bf16", "use false, or precision=fp32"],
+    ),
     (["model.hidden_size=0"], ["model.hidden_size=0", "at least 1", "use 1 or more"]),
     (["model.vocab_size=-5"], ["model.vocab_size=-5", "use 1 or more"]),
     (["model.mamba_state_dim=0"], ["model.mamba_state_dim=0", "use 1 or more"]),
