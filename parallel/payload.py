@@ -9,12 +9,13 @@ and reports per token and per MoE layer. Writes payload.json and plots/expert_lo
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recipes.compose import run_cli
 from recipes.errors import ConfigError, StrataError
-from recipes.schema import Recipe
+from recipes.schema import ModelConfig, Recipe
 from recipes.tables import table
 
 STEPS = 5
@@ -81,7 +82,8 @@ def report(
     width, k = model.moe_latent_size or model.hidden_size, model.moe_router_topk
     element = 2 if recipe.precision.params_dtype == "bf16" else 4
     tokens = stage.global_batch_size * stage.sequence_length * len(records)
-    predicted = {"operand": k * width * element, "sent": k * width * element * (ep - 1) / ep}
+    operand = dispatched_bytes(model, element)
+    predicted = {"operand": operand, "sent": operand * (ep - 1) / ep}
     measured = {}
     for purpose in ("expert_dispatch", "expert_combine"):
         of = [record["wire"].get(purpose, {}) for record in records]
@@ -103,7 +105,7 @@ def report(
     ]
     return {
         "bytes_per_token_and_layer": {"predicted": predicted, "measured": measured},
-        "without_latent": k * model.hidden_size * element,
+        "without_latent": dispatched_bytes(replace(model, moe_latent_size=None), element),
         "projections": {
             "flops_per_token_and_layer": latent,
             "share_of_layer": latent / sum(flops.values()),
@@ -118,6 +120,12 @@ def report(
             "tokens": summed,
         },
     }
+
+
+def dispatched_bytes(model: ModelConfig, element: int) -> int:
+    """Of one token in one MoE layer, one way: top-k rows of the latent width, or of the hidden
+    size without a latent. What stays on its rank is counted."""
+    return model.moe_router_topk * (model.moe_latent_size or model.hidden_size) * element
 
 
 _COUNTED = ("bytes", "backward_bytes", "operand_bytes")

@@ -402,6 +402,8 @@ class CompareConfig:
 
     precisions: list[str] = field(default_factory=list)
     """Recipes of the group `precision` to train and compare; the first is the baseline."""
+    models: list[str] = field(default_factory=list)
+    """Or recipes of the group `model`; the first is the baseline."""
     seeds: int = 1
     """Train each of them with so many seeds: run.seed, run.seed + 1, ..."""
     runs: list[str] = field(default_factory=list)

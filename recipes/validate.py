@@ -216,7 +216,8 @@ def _compare(compare: CompareConfig) -> None:
     """What a comparison compares; that it compares anything is asked by train.compare."""
     at_least("compare.seeds", compare.seeds, 1)
     above("compare.budget", compare.budget, 0)
-    for name in ("precisions", "runs"):
+    given = [name for name in ("precisions", "models", "runs") if getattr(compare, name)]
+    for name in given:
         values: list[str] = getattr(compare, name)
         key = f"compare.{name}"
         if len(values) == 1:
@@ -226,12 +227,14 @@ def _compare(compare: CompareConfig) -> None:
                 "name each once" if name == "runs" else "name each once, or raise compare.seeds"
             )
             fail(key, values, "names the same twice", remedy)
-    if compare.precisions and compare.runs:
+    if len(given) > 1:
+        one, other = given[:2]
         fail(
-            "compare.precisions",
-            compare.precisions,
-            f"and compare.runs={show(compare.runs)} both say what to compare",
-            "give one of them: precisions to train, or runs that are finished",
+            f"compare.{one}",
+            getattr(compare, one),
+            f"and compare.{other}={show(getattr(compare, other))} both say what to compare",
+            "give one of them (the other as []): precisions or models to train, or runs that are "
+            "finished",
         )
 
 

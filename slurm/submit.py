@@ -38,7 +38,7 @@ def main(recipe: Recipe) -> int:
             "compare.runs",
             recipe.compare.runs,
             "are finished and need no job",
-            "use python -m train.compare, or compare.precisions to train",
+            "use python -m train.compare, or compare.precisions or compare.models to train",
         )
     recipes, folder = _runs(recipe)
     layouts = [_check(r) for r in recipes.values()]
@@ -67,7 +67,7 @@ def main(recipe: Recipe) -> int:
     _write(job, recipes)
     number_of_job = _queue(job, "job.sh")
     print(f"job {number_of_job}: {place}/job.sh\n{planned}")
-    if recipe.compare.precisions:
+    if _compared(recipe):
         report = _queue_report(job, recipe, folder, number_of_job)
         print(f"job {report}: {place}/report.sh, after all {len(runs)} runs")
     print(f"python -m slurm.status run.dir={folder}")
@@ -85,14 +85,12 @@ def _runs(recipe: Recipe) -> tuple[dict[str, Recipe], Path]:
     """Name -> recipe of every run of the job, and the folder of them all."""
     arguments = [a for a in sys.argv[1:] if not a.startswith("dry_run=")]
     if not set(MULTIRUN) & set(arguments):
-        if recipe.compare.precisions:
+        if _compared(recipe):
             folder = Path(_comparison_folder(recipe)).resolve()
             return _arms(recipe, arguments, folder), folder
         return {"run": recipe}, Path(recipe.run.dir).resolve()
-    if recipe.compare.precisions:
-        fail(
-            "compare.precisions", recipe.compare.precisions, "is an array by itself", "leave out -m"
-        )
+    if compared := _compared(recipe):
+        fail(*compared, "is an array by itself", "leave out -m")
     folder = Path(recipe.run.dir).resolve()
     overrides, config_dir = split_arguments([a for a in arguments if a not in MULTIRUN])
     found = points(overrides)
@@ -107,6 +105,14 @@ def _runs(recipe: Recipe) -> tuple[dict[str, Recipe], Path]:
         name: load_recipe([*point, place(folder, name)], config_dir)
         for name, point in found.items()
     }, folder
+
+
+def _compared(recipe: Recipe) -> tuple[str, list[str]] | None:
+    """Key and value of the arms that train.compare would train; None: a single run."""
+    for key in ("precisions", "models"):
+        if values := getattr(recipe.compare, key):
+            return f"compare.{key}", values
+    return None
 
 
 def _arms(recipe: Recipe, arguments: list[str], folder: Path) -> dict[str, Recipe]:

@@ -1,7 +1,7 @@
-"""`python -m train.compare`: runs that differ only in precision, and a verdict about them.
+"""`python -m train.compare`: runs that differ only in precision or model, and a verdict about them.
 
-compare.precisions trains the arms, each by `python -m train` in a process of its own;
-compare.runs takes finished runs. comparison.md says what the report means.
+compare.precisions or compare.models trains the arms, each by `python -m train` in a process of its
+own; compare.runs takes finished runs. comparison.md says what the report means.
 """
 
 import shlex
@@ -36,8 +36,8 @@ from train.world import end_with_parent, launched
 EXIT_FAILED = 1
 """An arm did not pass."""
 
-DECIDED_HERE = ("precision", "run.dir", "run.seed")
-"""Overrides that every arm has a value of its own for."""
+DECIDED_HERE = ("run.dir", "run.seed")
+"""Overrides that every arm has a value of its own for, besides what is compared."""
 
 
 @dataclass(frozen=True)
@@ -109,35 +109,38 @@ def plan(recipe: Recipe, arguments: list[str], folder: Path) -> list[Arm]:
         ConfigError: nothing to compare, a launcher, or an arm that cannot be trained.
     """
     settings = recipe.compare
-    if not settings.precisions:
+    key, group, names = (
+        ("compare.models", "model", settings.models)
+        if settings.models
+        else ("compare.precisions", "precision", settings.precisions)
+    )
+    if not names:
         raise ConfigError(
             "compare.precisions=[] leaves nothing to compare; give compare.precisions=[bf16,nvfp4] "
-            "to train, or compare.runs=[DIR,DIR] for finished runs"
+            "or compare.models=[...] to train, or compare.runs=[DIR,DIR] for finished runs"
         )
     if launched() is not None:
         raise ConfigError(
             "train.compare starts its runs by itself and cannot be started by torchrun or srun; "
             "train each arm with them and give compare.runs=[DIR,DIR]"
         )
-    if any(argument.startswith("precision=") for argument in arguments):
-        raise ConfigError(
-            f"precision and compare.precisions={settings.precisions} both say what to train; "
-            "leave precision out"
-        )
+    if any(argument.startswith(f"{group}=") for argument in arguments):
+        raise ConfigError(f"{group} and {key}={names} both say what to train; leave {group} out")
     overrides, config_dir = split_arguments(arguments)
     common = [
         o
         for o in overrides
-        if o.split("=")[0] not in DECIDED_HERE and not o.startswith(("compare.", "compare="))
+        if o.split("=")[0] not in (*DECIDED_HERE, group)
+        and not o.startswith(("compare.", "compare="))
     ]
     place = ["--config-dir", str(config_dir)] if config_dir else []
     arms = []
-    for precision in settings.precisions:
-        one_of("compare.precisions", precision, choices("precision", config_dir))
+    for choice in names:
+        one_of(key, choice, choices(group, config_dir))
         for seed in range(recipe.run.seed, recipe.run.seed + settings.seeds):
-            name = f"{precision}-{seed}"
+            name = f"{choice}-{seed}"
             where = folder / "arms" / name
-            own = [f"precision={precision}", f"run.seed={seed}", f"run.dir={where}"]
+            own = [f"{group}={choice}", f"run.seed={seed}", f"run.dir={where}"]
             planned = load_recipe([*common, *own], config_dir)
             validate_recipe(planned)
             rundir.check(planned)

@@ -8,6 +8,7 @@ import numpy as np
 
 from recipes.errors import ConfigError
 from train import finished
+from train.compared_models import ModelFacts, model_facts
 from train.finished import FinishedRun
 from train.gaps import (
     LAST,
@@ -22,6 +23,9 @@ from train.gaps import (
     windows,
 )
 
+SIDES = ("model", "precision")
+"""Sections of a recipe whose differences make an arm."""
+
 TRAINING, HELD_OUT = "training loss", "held-out loss"
 """What a verdict can be about."""
 
@@ -35,7 +39,7 @@ class Pair:
 
     @property
     def unpaired(self) -> list[str]:
-        """Why they may differ in more than precision; empty: proved that they do not."""
+        """Why they may differ in more than what is compared; empty: proved that they do not."""
         return finished.unpaired(self.arm, self.base)
 
     @property
@@ -123,6 +127,8 @@ class Comparison:
     relative to their mean loss; None: one seed."""
     budget: float
     arms: list[Arm]
+    models: dict[str, ModelFacts]
+    """Baseline and arms -> what their models cost; empty if all runs have one model."""
 
     @property
     def passed(self) -> bool:
@@ -131,10 +137,10 @@ class Comparison:
 
 
 def compare(runs: Sequence[FinishedRun], budget: float) -> Comparison:
-    """Compare runs; the first, and those of its precision, are the baseline.
+    """Compare runs; the first, and those of its precision and model, are the baseline.
 
-    Runs with the same precision are one arm with several seeds. If all have the same, each run
-    but the first is an arm, so that seeds, data or anything else can be compared.
+    Runs with the same precision and model are one arm with several seeds. If all have the same,
+    each run but the first is an arm, so that seeds, data or anything else can be compared.
 
     Args:
         budget: relative loss gap that still passes.
@@ -149,7 +155,7 @@ def compare(runs: Sequence[FinishedRun], budget: float) -> Comparison:
             "directories; the first is the baseline"
         )
     finished.same_length(runs)
-    base, others = _groups(runs)
+    base_name, base, others = _groups(runs)
     parts = windows(base[0].optimizer, base[0].stage)
     masks = {w.name: w.mask(base[0].stage) for w in parts}
     if LAST not in masks:
@@ -158,27 +164,35 @@ def compare(runs: Sequence[FinishedRun], budget: float) -> Comparison:
         )
     noise = _noise(base, masks)
     arms = [_arm(name, _pairs(group, base), masks, noise, budget) for name, group in others.items()]
-    return Comparison(base[0].precision, base, parts, noise, budget, arms)
+    models = model_facts({base_name: base[0]} | {name: g[0] for name, g in others.items()})
+    return Comparison(base_name, base, parts, noise, budget, arms, models)
 
 
-def _groups(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], dict[str, list[FinishedRun]]]:
-    """The runs of the baseline, and name -> runs of each arm."""
+def _groups(
+    runs: Sequence[FinishedRun],
+) -> tuple[str, list[FinishedRun], dict[str, list[FinishedRun]]]:
+    """The baseline's name and runs, and name -> runs of each arm."""
     groups: list[list[FinishedRun]] = []
     for run in runs:
-        same = (g for g in groups if g[0].config["precision"] == run.config["precision"])
-        group = next(same, None)
+        group = next((g for g in groups if all(g[0].part(s) == run.part(s) for s in SIDES)), None)
         if group is None:
             groups.append([run])
         else:
             group.append(run)
     if len(groups) == 1:
         groups = [[run] for run in runs]
-    names = [group[0].precision for group in groups]
-    return groups[0], {
+    first = groups[0][0]
+    sides = [s for s in SIDES if any(g[0].part(s) != first.part(s) for g in groups)]
+    names = [
+        ", ".join(str(group[0].config[side]["name"]) for side in sides or ["precision"])
+        for group in groups
+    ]
+    arms = {
         # Recipes of one name that are not the same, or runs of one, are told apart by directory.
         name if names.count(name) == 1 else f"{name} in {group[0].folder}": group
         for name, group in zip(names[1:], groups[1:], strict=True)
     }
+    return names[0], groups[0], arms
 
 
 def _pairs(group: Sequence[FinishedRun], base: Sequence[FinishedRun]) -> list[Pair]:
@@ -283,12 +297,12 @@ def _verdict(
 
 
 def _seed_tolerance(pairs: Sequence[Pair], gaps: Sequence[Estimate | None]) -> float:
-    """Two standard errors, if arm and baseline have one precision; 0 for another precision.
+    """Two standard errors, if arm and baseline have one precision and model; 0 for another.
 
     Runs of one precision have no format to accept or refuse: they fail if they are surely apart.
-    An arm of another precision is not helped by a noisy comparison.
+    An arm of another precision or model is not helped by a noisy comparison.
     """
-    if any(pair.arm.config["precision"] != pair.base.config["precision"] for pair in pairs):
+    if any(p.arm.part(side) != p.base.part(side) for p in pairs for side in SIDES):
         return 0.0
     return 2 * max((g.error for g in gaps if g is not None and g.error is not None), default=0.0)
 

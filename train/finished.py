@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from precision.policy import is_quantized
 from recipes.errors import ConfigError
-from recipes.schema import OptimizerConfig, StageConfig
+from recipes.schema import ModelConfig, OptimizerConfig, Recipe, StageConfig
 from train.gaps import Series
 from train.metrics import MetricsFile
 from train.optimizer import train_steps
@@ -49,10 +49,20 @@ class FinishedRun:
         """Name of its precision recipe."""
         return str(self.config["precision"]["name"])
 
+    def part(self, section: str) -> dict[str, Any]:
+        """One section of its recipe; a key younger than the run had its default effect in it."""
+        defaults: dict[str, Any] = asdict(getattr(Recipe(), section))
+        return defaults | self.config[section]
+
     @property
     def seed(self) -> int:
         """Its run.seed."""
         return int(self.config["run"]["seed"])
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """Its model."""
+        return ModelConfig(**_known(ModelConfig, self.config["model"]))
 
     @cached_property
     def stage(self) -> StageConfig:
@@ -155,12 +165,15 @@ def same_length(runs: Sequence[FinishedRun]) -> None:
         if run.mtp_depths != first.mtp_depths and run.records and first.records:
             raise ConfigError(
                 f"{run.folder} has {run.mtp_depths} MTP depths and {first.folder} "
-                f"{first.mtp_depths}; compare runs of one model"
+                f"{first.mtp_depths}; compare models that predict the same tokens"
             )
 
 
 def unpaired(arm: FinishedRun, base: FinishedRun) -> list[str]:
-    """Why two runs may differ in more than precision, in words; empty: hashes prove they do not."""
+    """Why two runs may differ in more than precision, or in more than the model, in words; empty:
+    hashes prove that they do not, beside two models that of the data order and every other key."""
+    if arm.part("model") != base.part("model"):
+        return _unpaired_models(arm, base)
     if arm.identity is None or base.identity is None:
         old = " and ".join(str(r.folder) for r in (base, arm) if r.identity is None)
         reasons = [f"not proved: {old} has no identity.json"]
@@ -171,6 +184,20 @@ def unpaired(arm: FinishedRun, base: FinishedRun) -> list[str]:
             return []
         reasons = [f"{_and(wrong)} differ"]
     keys = differing_keys(arm, base)
+    return reasons + ([f"keys that differ: {shortened(keys)}"] if keys else [])
+
+
+def _unpaired_models(arm: FinishedRun, base: FinishedRun) -> list[str]:
+    """The same for two models: their weights, and so the hashes of them, cannot be the same."""
+    reasons = []
+    if arm.identity is None or base.identity is None:
+        old = " and ".join(str(r.folder) for r in (base, arm) if r.identity is None)
+        reasons.append(f"not proved: {old} has no identity.json")
+    elif not same_data(arm, base):
+        reasons.append("data order differs")
+    keys = [line for line in differing_keys(arm, base) if not line.startswith("model.")]
+    if arm.part("precision") != base.part("precision"):
+        keys.append(f"precision {base.precision} -> {arm.precision}")
     return reasons + ([f"keys that differ: {shortened(keys)}"] if keys else [])
 
 

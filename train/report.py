@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from train.compared_models import ModelFacts
 from train.comparison import Arm, Comparison, Pair, percent
 from train.finished import HASHES, FinishedRun
 from train.gaps import BLOCKS, EARLY, LAST, Estimate
@@ -49,6 +50,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
             "runs": [_run(run) for run in comparison.base],
             "spread_between_seeds": comparison.noise,
         },
+        "models": {name: asdict(facts) for name, facts in comparison.models.items()},
         "windows": {w.name: {"from_token": w.start, "to_token": w.end} for w in comparison.windows},
         "arms": {arm.name: _arm(arm) for arm in comparison.arms},
     }
@@ -106,6 +108,7 @@ def markdown(comparison: Comparison, folder: Path, plots: Sequence[Path]) -> str
         if reasons:
             parts.append("\n".join(reasons))
     parts += [
+        *_models(comparison.models),
         "## Loss gap by window",
         _windows(comparison),
         "## Held-out loss",
@@ -121,6 +124,35 @@ def markdown(comparison: Comparison, folder: Path, plots: Sequence[Path]) -> str
         _legend(comparison),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _models(models: dict[str, ModelFacts]) -> list[str]:
+    """What the arms are, if they are different models: the baseline in the first column."""
+    if not models:
+        return []
+    facts = list(models.values())
+
+    def row(what: str, values: Sequence[float], digits: int = 0) -> list[str]:
+        shown = [f"{values[0]:,.{digits}f}"]
+        for value in values[1:]:
+            change = f" ({percent(value / values[0] - 1)})" if values[0] else ""
+            shown.append(f"{value:,.{digits}f}{change}")
+        return [what, *shown]
+
+    rows = [
+        ["", *models],
+        row("parameters", [f.parameters for f in facts]),
+        row("active parameters of a token", [f.active for f in facts]),
+        row("training MFLOP of a token", [f.training_flops / 1e6 for f in facts], 3),
+        row("all-to-all bytes of a token and MoE layer", [f.dispatched_bytes for f in facts]),
+    ]
+    rows += [[f"`{key}`", *(str(f.settings[key]) for f in facts)] for key in facts[0].settings]
+    return [
+        "## The models",
+        _table(rows),
+        "Active parameters include embedding and head, without multi-token prediction. The bytes "
+        "are those to the experts and back in the forward pass if all of them are on other ranks.",
+    ]
 
 
 def _windows(comparison: Comparison) -> str:
@@ -217,13 +249,26 @@ def _legend(comparison: Comparison) -> str:
             "steps (neighbours are alike) and that between pairs.",
             "- Between seeds: standard deviation of the baseline's loss between its seeds, "
             "relative to their mean. A gap below it is less than the choice of a seed.",
-            "- Paired: the same hash of initial weights, of data order and of every key outside "
-            "precision. The first 12 digits are shown, all are in report.json.",
+            _paired_means(comparison),
             "- Verdict: fails if the mean gap in the last quarter is not below the budget, if a "
             "module ran in another format than its policy's or nothing shows that it did not, if "
             "an arm that claims to quantise has the losses of the baseline, or if a loss or "
             "gradient was not finite. A negative gap always passes.",
         ]
+    )
+
+
+def _paired_means(comparison: Comparison) -> str:
+    shown = "The first 12 digits are shown, all are in report.json."
+    if comparison.models:
+        return (
+            "- Paired: the same hash of data order, and the same value of every key outside the "
+            "model, seed included. Other models have other initial weights: those of each are "
+            f"drawn anew, and a part of one gap is that draw. {shown}"
+        )
+    return (
+        "- Paired: the same hash of initial weights, of data order and of every key outside "
+        f"precision. {shown}"
     )
 
 

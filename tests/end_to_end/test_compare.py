@@ -111,6 +111,27 @@ def test_finished_runs_of_two_seeds_pass_and_a_worse_one_fails(
     assert "exactly the losses of" in output and "was ignored" in output
 
 
+@pytest.mark.slow
+def test_models_are_trained_and_compared(data: Path, tmp_path: Path) -> None:
+    small = train(data, tmp_path / "models", "experiment=tiny_moe_ablation", "stage.train_steps=4")
+    chosen = (
+        "compare.budget=0.5",
+        "model.hybrid_layer_pattern=ME",
+        "logging.log_params_hash=false",
+    )
+    own = ("experiment=tiny", "model.num_moe_experts=8", "model.hybrid_layer_pattern=ME*E/*E/*E")
+    overrides = [o for o in small.overrides if o not in own]
+    output = Command([*overrides, *chosen], data, "train.compare").run()
+    assert "arm 2 of 2: tiny_latent_moe-" in output
+    found = report(tmp_path / "models")
+    (pair,) = found["arms"]["tiny_latent_moe"]["pairs"]
+    assert pair["paired"]
+    identities = [pair[side]["identity"] for side in ("arm", "baseline")]
+    assert identities[0]["data_order"] == identities[1]["data_order"]
+    assert identities[0]["initial_parameters"] != identities[1]["initial_parameters"]
+    assert found["models"]["tiny_latent_moe"]["settings"]["moe_latent_size"] == 32
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -119,6 +140,7 @@ def test_finished_runs_of_two_seeds_pass_and_a_worse_one_fails(
         (["compare.precisions=[]"], "nothing to compare"),
         (["compare.runs=[a,b]"], "both say what to compare"),
         (["precision=nvfp4"], "leave precision out"),
+        (["compare.models=[tiny_moe,tiny_latent_moe]"], "compare.models=[tiny_moe, tiny_latent"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], said: str, data: Path, tmp_path: Path) -> None:

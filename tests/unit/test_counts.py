@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.backends import install_backends
 from model.counts import Counts, count_parameters, flops_per_token, forward_flops, layer_flops
+from parallel.payload import dispatched_bytes
 from recipes.compose import load_recipe
 from recipes.schema import ModelConfig, ParallelConfig
 from tests.unit.world import fresh_world
@@ -61,6 +62,28 @@ def test_super_as_its_report_counts():
     routers = 40 * (512 * 4096 + 512)
     sizes = (found.main, found.active, found.active_with_head)
     assert [round((size - routers) / 1e9, 1) for size in sizes] == [120.6, 12.7, 12.1]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "sizes", "changes"),
+    [
+        # Published: 8.09 B of 72.6 B, and 8.02 B of 72.8 B.
+        ("moe_ablation_73b_a8b", (72_563_113_984, 8_088_272_896), (239_084_544, -25_156_608)),
+        ("tiny_moe_ablation", (6_047_936, 2_640_064), (57_536, -8_000)),
+    ],
+)
+def test_the_ablations_arms_have_one_size(experiment, sizes, changes):
+    """The latent arm has latent projections and wider routers in place of two experts a token."""
+    recipe = load_recipe([f"experiment={experiment}"])
+    base, latent = (count(f"experiment={experiment}", f"model={m}") for m in recipe.compare.models)
+    assert (base.total, base.active) == sizes
+    assert (latent.total - base.total, latent.active - base.active) == changes
+    layers = base.modules.keys() | latent.modules.keys()
+    same = {n for n in layers if base.modules.get(n) == latent.modules.get(n)}
+    assert "mlp.experts" in same
+    assert layers - same == {"mlp.router", "mlp.fc1_latent_proj", "mlp.fc2_latent_proj"}
+    models = [load_recipe([f"model={m}"]).model for m in recipe.compare.models]
+    assert dispatched_bytes(models[1], 2) / dispatched_bytes(models[0], 2) == 11 / 12
 
 
 def test_layers_by_hand():

@@ -215,7 +215,7 @@ def test_own_recipes_build_on_the_shipped_ones(folder):
     [
         ("typo", ["experiment/typo", "stage.train_stepz", "did you mean stage.train_steps?"]),
         ("kind", ["experiment/kind", "model.hidden_size", "'big'", "it takes int"]),
-        ("lost", ["model/nope", "use one of mini, nano_30b_a3b"]),
+        ("lost", ["model/nope", "use one of latent_moe_73b_a8b, mini, moe_73b_a8b, "]),
         ("group", ["experiment/group", "modle"]),
         ("broken", ["not valid YAML", "broken.yaml", "line 4"]),
         ("absent", ["experiment=absent", "broken, group, kind, lost, mine", "tiny"]),

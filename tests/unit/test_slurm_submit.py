@@ -145,6 +145,18 @@ def test_a_comparison_is_an_array(
     assert f"run_dir={tmp_path}/both/arms/nvfp4-1235\n" in script
 
 
+def test_a_comparison_of_models_is_an_array(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    place = f"run.dir={tmp_path}/both"
+    given = ("experiment=tiny_moe_ablation", "cluster=lab", place)
+    script, _, code = dry_run(monkeypatch, capsys, *given)
+    assert code == 0
+    assert "#SBATCH --array=0-1\n" in script
+    for model in ("tiny_moe", "tiny_latent_moe"):
+        assert f"run_dir={tmp_path}/both/arms/{model}-1234\n" in script
+
+
 def test_a_sweep_is_an_array(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -164,6 +176,7 @@ def test_a_sweep_is_an_array(
         (["optimizer.lr=1e-3,1e-3"], "two points of the sweep would be called lr-0.001"),
         (["parallel.data_parallel_size=2,4", "stage.micro_batch_size=2"], "have one size"),
         (["optimizer.lr=1e-3,2e-3", "compare.precisions=[bf16]"], "is an array by itself"),
+        (["optimizer.lr=1e-3,2e-3", "compare.models=[tiny,tiny_moe]"], "is an array by itself"),
         (["optimizer.lr=1e-3,-2"], "optimizer.lr=-2"),
     ],
 )
