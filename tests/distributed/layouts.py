@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from model.validate import validate_recipe
 from parallel.groups import initialize_groups
+from parallel.parity import Case
 from recipes.compose import load_recipe
 from recipes.schema import Recipe
+
+PATTERN = "ME*E/*E/*E"
+"""Layers of SMALL."""
 
 SMALL = (
     "experiment=tiny",
     "precision=fp32",
-    "model.hybrid_layer_pattern=ME*E/*E/*E",
+    f"model.hybrid_layer_pattern={PATTERN}",
     "model.hidden_size=64",
     "model.vocab_size=512",
     "model.num_moe_experts=8",
@@ -25,39 +28,12 @@ SMALL = (
 """Every architectural part."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """A layout by its parallel sizes."""
-
-    name: str
-    tp: int = 1
-    pp: int = 1
-    virtual: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-
-    def overrides(self) -> list[str]:
-        """Overrides of a recipe with SMALL's pattern."""
-        stages = {1: "ME*E", 2: "ME|*E", 4: "M|E|*|E"}[self.pp * self.virtual]
-        sizes = {
-            "tensor_model": self.tp,
-            "pipeline_model": self.pp,
-            "context": self.cp,
-            "expert_model": self.ep,
-            "expert_tensor": self.etp,
-        }
-        return [f"model.hybrid_layer_pattern='{stages}/*E/*E'"] + [
-            f"parallel.{name}_parallel_size={size}" for name, size in sizes.items() if size > 1
-        ]
-
-
 @contextmanager
-def laid_out(sizes: Sizes, world_size: int, *overrides: str) -> Iterator[tuple[Recipe, Any]]:
+def laid_out(case: Case, world_size: int, *overrides: str) -> Iterator[tuple[Recipe, Any]]:
     """Megatron's groups of one layout up inside; torch.distributed stays for the next."""
     from megatron.core import parallel_state
 
-    recipe = load_recipe([*SMALL, *sizes.overrides(), *overrides])
+    recipe = load_recipe([*SMALL, *case.arguments(PATTERN), *overrides])
     layout = validate_recipe(recipe, world_size)
     initialize_groups(recipe.parallel, recipe.run.seed, layout.virtual_stages)
     try:

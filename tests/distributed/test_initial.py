@@ -4,33 +4,28 @@ from typing import Any
 
 import pytest
 
+from parallel.parity import MATRIX, REFERENCE, Case
 from tests.distributed.harness import run_distributed
-from tests.distributed.layouts import Sizes, laid_out, shards, whole
+from tests.distributed.layouts import laid_out, shards, whole
 
 TWO = [
-    Sizes("data"),
-    Sizes("tensor", tp=2),
-    Sizes("experts over tensor ranks", tp=2, ep=2),
-    Sizes("expert tensor", tp=2, etp=2),
-    Sizes("pipeline", pp=2),
-    Sizes("virtual stages", pp=2, virtual=2),
-    Sizes("expert", ep=2),
-    Sizes("context", cp=2),
+    *(case for case in MATRIX if case.ranks == 2),
+    Case("tp2, experts over its ranks", tensor_model=2, expert_model=2),
 ]
 FOUR = [
-    Sizes("tensor and expert", tp=2, ep=2),
-    Sizes("pipeline and tensor", pp=2, tp=2),
-    Sizes("pipeline and expert", pp=2, ep=2),
+    Case("tp2 ep2", tensor_model=2, data=2, expert_model=2),
+    Case("pp2 tp2", pipeline_model=2, tensor_model=2),
+    Case("pp2 ep2", pipeline_model=2, data=2, expert_model=2),
 ]
 
 
-def build(rank: int, world_size: int, layouts: list[Sizes]) -> list[Any]:
+def build(rank: int, world_size: int, layouts: list[Case]) -> list[Any]:
     from model.hybrid import transformer_config
     from train.build import _build_chunks
 
     found = []
-    for sizes in layouts:
-        with laid_out(sizes, world_size) as (recipe, _):
+    for case in layouts:
+        with laid_out(case, world_size) as (recipe, _):
             config = transformer_config(recipe.model, recipe.precision, recipe.parallel)
             chunks = _build_chunks(recipe, config)
             found.append([shard for chunk in chunks for shard in shards(chunk)])
@@ -38,11 +33,11 @@ def build(rank: int, world_size: int, layouts: list[Sizes]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("world_size", "layouts"), [(2, TWO), (4, FOUR)])
-def test_weights_do_not_depend_on_the_layout(world_size: int, layouts: list[Sizes]) -> None:
-    one = whole([run_distributed(build, 1, [Sizes("one")])[0][0]])
+def test_weights_do_not_depend_on_the_layout(world_size: int, layouts: list[Case]) -> None:
+    one = whole([run_distributed(build, 1, [REFERENCE])[0][0]])
     ranks = run_distributed(build, world_size, layouts)
-    for i, sizes in enumerate(layouts):
+    for i, case in enumerate(layouts):
         tensors = whole([rank[i] for rank in ranks])
-        assert tensors.keys() == one.keys(), sizes.name
+        assert tensors.keys() == one.keys(), case.name
         for name, tensor in tensors.items():
-            assert tensor.equal(one[name]), f"{sizes.name}: {name}"
+            assert tensor.equal(one[name]), f"{case.name}: {name}"

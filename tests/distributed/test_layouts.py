@@ -12,25 +12,13 @@ from typing import Any
 
 import pytest
 
+from parallel.parity import FIRST, MATRIX, QUANTISED_FIRST, REFERENCE, Case, bounds
+from recipes.compose import load_recipe
 from tests.distributed.harness import run_distributed
-from tests.distributed.layouts import Sizes, laid_out, shards, whole
+from tests.distributed.layouts import laid_out, shards, whole
 
-ONE = Sizes("one")
-TWO = [
-    Sizes("data"),
-    Sizes("tensor", tp=2),
-    Sizes("pipeline", pp=2),
-    Sizes("virtual", pp=2, virtual=2),
-    Sizes("context", cp=2),
-    Sizes("expert", ep=2),
-    Sizes("expert tensor", tp=2, etp=2),
-]
-FOUR = [
-    Sizes("tensor expert", tp=2, ep=2),
-    Sizes("expert context", cp=2, ep=2),
-    Sizes("tensor context", tp=2, cp=2),
-    Sizes("pipeline expert", pp=2, ep=2),
-]
+TWO = [case for case in MATRIX if case.ranks == 2]
+FOUR = [case for case in MATRIX if case.ranks == 4]
 STEPS = 3
 FURTHER = 2
 """Steps after the checkpoint: the second shows whether the moments came along."""
@@ -92,16 +80,16 @@ def trainer(recipe: Any, layout: Any, folder: Path) -> Any:
     return Trainer(recipe, state, routers, data, checkpointer, None, 1.0)  # type: ignore[arg-type]
 
 
-def train(rank: int, world_size: int, layouts: list[Sizes], runs: Path) -> list[Any]:
+def train(rank: int, world_size: int, layouts: list[Case], runs: Path) -> list[Any]:
     """For each layout: the measured steps, the weights after them, the validation loss and the
     losses of further steps."""
     from megatron.core.utils import unwrap_model
 
     found = []
-    for sizes in layouts:
-        folder = runs / sizes.name
+    for case in layouts:
+        folder = runs / case.name
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with laid_out(sizes, world_size) as (recipe, layout):
+        with laid_out(case, world_size) as (recipe, layout):
             trained = trainer(recipe, layout, folder)
             steps = [trained._step() for _ in range(STEPS)]
             weights = [s for c in trained.state.chunks for s in shards(unwrap_model(c))]
@@ -114,13 +102,13 @@ def train(rank: int, world_size: int, layouts: list[Sizes], runs: Path) -> list[
 
 
 def evaluate(
-    rank: int, world_size: int, layouts: list[Sizes], origins: list[list[str]], runs: Path
+    rank: int, world_size: int, layouts: list[Case], origins: list[list[str]], runs: Path
 ) -> list[list[Any]]:
     """For each layout: of the checkpoints that others wrote, the validation loss and the losses of
     further steps."""
     found = []
-    for sizes, names in zip(layouts, origins, strict=True):
-        with laid_out(sizes, world_size) as (recipe, layout):
+    for case, names in zip(layouts, origins, strict=True):
+        with laid_out(case, world_size) as (recipe, layout):
             losses = []
             for name in names:
                 loaded = trainer(recipe, layout, runs / name)
@@ -136,7 +124,7 @@ def evaluate(
 
 @cache
 def reference(runs: Path) -> Any:
-    return run_distributed(train, 1, [ONE], runs)[0][0]
+    return run_distributed(train, 1, [REFERENCE], runs)[0][0]
 
 
 @pytest.fixture(scope="module")
@@ -149,49 +137,96 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(2, TWO), (4, FOUR[:1]), pytest.param(4, FOUR[1:], marks=pytest.mark.slow)],
     ids=["2 ranks", "4 ranks", "other 4 ranks"],
 )
-def test_layouts_train_the_same(world_size: int, layouts: list[Sizes], runs: Path) -> None:
+def test_layouts_train_the_same(world_size: int, layouts: list[Case], runs: Path) -> None:
     steps, weights, losses = reference(runs)
     ranks = run_distributed(train, world_size, layouts, runs)
-    for i, sizes in enumerate(layouts):
+    for i, case in enumerate(layouts):
         for rank in ranks:
             for step, wanted in zip(rank[i][0], steps, strict=True):
-                where = f"{sizes.name}: {step}, not {wanted}"
+                where = f"{case.name}: {step}, not {wanted}"
                 assert step.loss == pytest.approx(wanted.loss, rel=1e-5), where
                 assert step.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5), where
                 assert step.mtp_losses == pytest.approx(wanted.mtp_losses, rel=1e-5), where
                 balance = wanted.load_balance_loss
                 assert step.load_balance_loss == pytest.approx(balance, rel=1e-4), where
                 assert step.max_violation == pytest.approx(wanted.max_violation, abs=1e-6), where
-            assert rank[i][2] == pytest.approx(losses, rel=1e-5), sizes.name
+            assert rank[i][2] == pytest.approx(losses, rel=1e-5), case.name
         ours, theirs = whole([rank[i][1] for rank in ranks]), whole([weights])
         assert ours.keys() == theirs.keys()
         for name, weight in ours.items():
             # Adam divides by the gradient's size, and so magnifies what rounding did to a small
             # one; the bias of a router moves by its rate or not at all.
             difference = float((weight - theirs[name]).abs().max())
-            assert difference < 2e-4, f"{sizes.name}: {name} differs by {difference}"
+            assert difference < 2e-4, f"{case.name}: {name} differs by {difference}"
 
 
 def test_checkpoints_move_between_layouts(runs: Path) -> None:
     """Each 2-rank layout loads the checkpoint of the one before it in the list."""
-    names = [sizes.name for sizes in TWO]
+    _train_missing(2, TWO, runs)
+    names = [case.name for case in TWO]
     _check_moves(2, TWO, [[name] for name in names[-1:] + names[:-1]], runs)
 
 
 @pytest.mark.slow
 def test_checkpoints_move_between_all_layouts(runs: Path) -> None:
-    run_distributed(train, 4, FOUR[1:], runs)
-    names = [sizes.name for sizes in (ONE, *TWO, *FOUR)]
-    for world_size, layouts in ((1, [ONE]), (2, TWO), (4, FOUR)):
+    _train_missing(2, TWO, runs)
+    _train_missing(4, FOUR, runs)
+    names = [case.name for case in (REFERENCE, *TWO, *FOUR)]
+    for world_size, layouts in ((1, [REFERENCE]), (2, TWO), (4, FOUR)):
         _check_moves(world_size, layouts, [names] * len(layouts), runs)
 
 
+def _train_missing(world_size: int, layouts: list[Case], runs: Path) -> None:
+    """Write the checkpoints that no test before has written."""
+    missing = [c for c in layouts if not (runs / c.name / "checkpoints" / "latest").exists()]
+    if missing:
+        run_distributed(train, world_size, missing, runs)
+
+
 def _check_moves(
-    world_size: int, layouts: list[Sizes], origins: list[list[str]], runs: Path
+    world_size: int, layouts: list[Case], origins: list[list[str]], runs: Path
 ) -> None:
     """The losses from a checkpoint on are those of one rank, whoever wrote it."""
     _, _, wanted = reference(runs)
     for rank in run_distributed(evaluate, world_size, layouts, origins, runs, timeout=600):
-        for sizes, names, losses in zip(layouts, origins, rank, strict=True):
+        for case, names, losses in zip(layouts, origins, rank, strict=True):
             for name, moved in zip(names, losses, strict=True):
-                assert moved == pytest.approx(wanted, rel=1e-5), f"{name} on {sizes.name}"
+                assert moved == pytest.approx(wanted, rel=1e-5), f"{name} on {case.name}"
+
+
+def first_steps(
+    rank: int, world_size: int, layouts: list[Case], precision: str, runs: Path
+) -> list[Any]:
+    """The first step of each layout."""
+    import os
+
+    from precision.apply import environment
+
+    found = []
+    for case in layouts:
+        folder = runs / precision / case.name
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ |= environment(load_recipe([f"precision={precision}"]).precision)
+        with laid_out(case, world_size, f"precision={precision}") as (recipe, layout):
+            found.append(trainer(recipe, layout, folder)._step())
+    return found
+
+
+@pytest.mark.parametrize("precision", ["nvfp4", "nvfp4_rtn"])
+def test_nvfp4_is_one_ranks_where_operands_are(precision: str, runs: Path) -> None:
+    """Whole layers and whole micro batches elsewhere: the same losses, and the same gradients if
+    they are rounded to nearest. With stochastic rounding the ranks' draws are not one rank's."""
+    (one,) = run_distributed(first_steps, 1, [REFERENCE], precision, runs / "one")[0]
+    same = [case for case in TWO if case.name in ("dp2", "pp2 vp2")]
+    drawn = precision == "nvfp4"
+    norms = []
+    for steps in run_distributed(first_steps, 2, same, precision, runs / "two"):
+        for case, step in zip(same, steps, strict=True):
+            allowed = bounds(case, load_recipe([f"precision={precision}"]).precision)
+            assert allowed.losses == FIRST
+            assert allowed.grad_norm == (QUANTISED_FIRST if drawn else FIRST)
+            assert step.loss == pytest.approx(one.loss, rel=allowed.losses), case.name
+            assert step.mtp_losses == pytest.approx(one.mtp_losses, rel=allowed.losses), case.name
+            assert step.grad_norm == pytest.approx(one.grad_norm, rel=allowed.grad_norm), case.name
+            norms.append(abs(step.grad_norm / one.grad_norm - 1))
+    assert (max(norms) > FIRST) == drawn

@@ -103,6 +103,30 @@ def check_gradients_are_rounded_once(rank: int) -> None:
         assert torch.equal(*both)
 
 
+def check_a_shard_has_its_own_maximum(rank: int) -> None:
+    """Where a weight's halves have other maxima, tensor-parallel ranks are not one rank: each rank
+    scales its shard by the shard's own maximum, as a layer of that shard alone does. The real
+    library shares maxima of gathered tokens only, too."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import NVFP4BlockScaling
+
+    x, w, g = tensors("column")
+    w = w * torch.cat((torch.ones(HALF_OUT), torch.full((HALF_OUT,), 1.7)))[:, None]
+    recipe = NVFP4BlockScaling(disable_stochastic_rounding=True)
+
+    def product(weight: Tensor, **parallel: Any) -> Tensor:
+        layer = te.Linear(HALF_IN, w.shape[0] if parallel else len(weight), bias=False, **parallel)
+        layer.weight.data.copy_(weight)
+        return run(layer, x.clone(), g[..., : len(weight)], recipe)[0]
+
+    group = {"tp_group": dist.group.WORLD, "tp_size": 2, "parallel_mode": "column"}
+    found = product(half(w, 0, rank), **group)
+    torch.testing.assert_close(found, product(half(w, 0, rank)))
+    whole = half(product(w), 2, rank)
+    # The half with the tensor's maximum has the scale it has on one rank, the other has not.
+    assert torch.equal(found, whole) == (rank == 1)
+
+
 def check_all(rank: int, world_size: int) -> int:
     from model.backends import install_backends
 
@@ -116,8 +140,9 @@ def check_all(rank: int, world_size: int) -> int:
                 check(rank, mode, sequence_parallel, recipe)
                 checks += 1
     check_gradients_are_rounded_once(rank)
-    return checks + 1
+    check_a_shard_has_its_own_maximum(rank)
+    return checks + 2
 
 
 def test_two_ranks_equal_one() -> None:
-    assert run_distributed(check_all, 2) == [9, 9]
+    assert run_distributed(check_all, 2) == [10, 10]

@@ -4,7 +4,20 @@ from typing import Any
 
 import pytest
 
-from parallel.parity import FIRST, LAST, MATRIX, REFERENCE, Outcome, cut, judge, report
+from parallel.parity import (
+    FIRST,
+    LAST,
+    MATRIX,
+    QUANTISED_FIRST,
+    REFERENCE,
+    Bounds,
+    Outcome,
+    bounds,
+    cut,
+    judge,
+    markdown,
+    report,
+)
 from recipes.compose import load_recipe
 
 
@@ -41,23 +54,45 @@ def test_the_matrix_has_what_a_cluster_would_use() -> None:
     ],
 )
 def test_verdicts(changes: dict[str, Any], verdict: str) -> None:
-    assert judge(MATRIX[1], steps(**changes), steps(), quantised=False).verdict == verdict
+    assert judge(MATRIX[1], steps(**changes), steps(), Bounds()).verdict == verdict
     first = list(reversed(steps(**changes)))
     if changes:
         assert LAST > FIRST
-        assert judge(MATRIX[1], first, steps(), quantised=False).verdict == "different"
+        assert judge(MATRIX[1], first, steps(), Bounds()).verdict == "different"
 
 
 def test_a_short_run_has_failed() -> None:
-    outcome = judge(REFERENCE, steps()[:1], steps(), quantised=False)
+    outcome = judge(REFERENCE, steps()[:1], steps(), Bounds())
     assert (outcome.verdict, outcome.reason) == ("failed", "1 steps, not 2")
 
 
 def test_the_table_says_why_a_layout_is_missing() -> None:
     outcomes = [
-        judge(MATRIX[1], steps(), steps(), quantised=False),
+        judge(MATRIX[1], steps(), steps(), Bounds()),
         Outcome("cp2", 2, "not available", "ConfigError: no"),
     ]
     text = report(outcomes)
     assert "cp2: ConfigError: no" in text and "not available" in text
     assert len(text.splitlines()) == 4
+    page = markdown(outcomes).splitlines()
+    assert page[0].startswith("| layout | ranks | grad_norm, first |")
+    assert page[1].count("|") == page[0].count("|") == page[2].count("|")
+
+
+@pytest.mark.parametrize(
+    ("precision", "name", "losses", "grad_norm"),
+    [
+        ("fp32", "tp2", FIRST, FIRST),
+        ("bf16", "dp2", FIRST, FIRST),
+        ("bf16", "tp2", QUANTISED_FIRST, QUANTISED_FIRST),
+        ("nvfp4_rtn", "pp2", FIRST, FIRST),
+        ("nvfp4", "pp2", FIRST, QUANTISED_FIRST),
+        ("nvfp4", "ep2", QUANTISED_FIRST, QUANTISED_FIRST),
+    ],
+)
+def test_bounds_know_scales_and_draws(
+    precision: str, name: str, losses: float, grad_norm: float
+) -> None:
+    (case,) = (case for case in MATRIX if case.name == name)
+    allowed = bounds(case, load_recipe([f"precision={precision}"]).precision)
+    assert (allowed.losses, allowed.grad_norm) == (losses, grad_norm)
