@@ -10,7 +10,7 @@ Shapes: b micro-batch, l sequence length.
 import dataclasses
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ from data.ranks import on_first_rank
 from data.tokenizer import build_tokenizer, tokenizer_sha256
 from recipes.errors import ConfigError, DataError
 from recipes.schema import BlendEntry, DataConfig
+from recipes.stages import Reading
 
 type Dataset = GPTDataset | BlendedDataset
 type Batch = dict[str, torch.Tensor]
 
 # Held-out samples are the same for every run.seed, so that runs can be compared.
 _VALIDATION_SEED = 1234
+_SHARED = "all ranks must see this folder"
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 _DOCUMENT_KEYS = ("cu_seqlens", "max_seqlen")
 """Only with inter_document_masking."""
@@ -134,28 +136,70 @@ def build_datasets(
     Raises:
         ConfigError, DataError: see read_tokenizer; unwritable cache.
     """
-    tokenizer = read_tokenizer(cfg, model_vocab_size)
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend_per_split=[_blend("train", cfg.train), None, None],
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        # The end of a document would predict the first token of another one.
-        eod_mask_loss=cfg.inter_document_masking,
-        inter_document_masking=cfg.inter_document_masking,
-        create_attention_mask=False,  # its default builds an l x l mask
-    )
+    config = _train_config(cfg, sequence_length, seed, model_vocab_size)
     train = _build(cfg, config, 0, train_samples)
-    if not cfg.validation or validation_samples == 0:
-        return train, None
+    return train, build_validation(cfg, sequence_length, seed, validation_samples, model_vocab_size)
+
+
+def build_validation(
+    cfg: DataConfig,
+    sequence_length: int,
+    seed: int,
+    samples: int,
+    model_vocab_size: int | None = None,
+) -> Dataset | None:
+    """The validation set alone, as build_datasets makes it."""
+    if not cfg.validation or samples == 0:
+        return None
     config = dataclasses.replace(
-        config,
+        _train_config(cfg, sequence_length, seed, model_vocab_size),
         random_seed=_VALIDATION_SEED,
         blend_per_split=[None, _blend("validation", cfg.validation), None],
     )
-    return train, _build(cfg, config, 1, validation_samples)
+    return _build(cfg, config, 1, samples)
+
+
+def build_readings(
+    cfg: DataConfig,
+    seed: int,
+    readings: Sequence[Reading],
+    chosen: Sequence[int],
+    model_vocab_size: int | None = None,
+) -> list[Dataset]:
+    """Training sets of some of the readings of a run: what its steps of one stage and one length
+    read (data/readings.py). Ranks and errors as in build_datasets.
+
+    Args:
+        cfg: the data of the stage; its `train` is not used.
+        seed: order of the samples.
+        readings: all of the run, in order.
+        chosen: those to build.
+        model_vocab_size: rows of the embedding, if they are to be checked.
+    """
+    from data.readings import alone, build_reading, used_before
+
+    found: list[Dataset] = []
+    for index in chosen:
+        reading = readings[index]
+        own = dataclasses.replace(cfg, train=list(reading.blend))
+        config = _train_config(own, reading.sequence_length, seed, model_vocab_size)
+        if alone(readings, index):
+            found.append(_build(own, config, 0, reading.samples))
+            continue
+        folder = _index_folder(own, config, [repr(readings), index])
+        config.path_to_cache = str(folder)
+
+        def write(
+            index: int = index, config: GPTDatasetConfig = config
+        ) -> tuple[int, dict[str, Any]]:
+            starts = used_before(readings, index)
+            built = build_reading(readings, index, starts, config)
+            return len(built), {"starts": starts}
+
+        starts = _written(own, folder, write)["starts"]
+        with os_errors_as_data_errors(f"data.cache={folder.parent}", _SHARED):
+            found.append(build_reading(readings, index, starts, config))
+    return found
 
 
 def document_ids(dataset: Dataset, samples: Sequence[int]) -> list[tuple[str, list[int]]]:
@@ -271,6 +315,23 @@ def _blend(split: str, entries: list[BlendEntry]) -> tuple[list[str], list[float
     return [e.path for e in entries], [float(e.weight) for e in entries]
 
 
+def _train_config(
+    cfg: DataConfig, sequence_length: int, seed: int, model_vocab_size: int | None
+) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence_length,
+        blend_per_split=[_blend("train", cfg.train), None, None],
+        tokenizer=read_tokenizer(cfg, model_vocab_size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        # The end of a document would predict the first token of another one.
+        eod_mask_loss=cfg.inter_document_masking,
+        inter_document_masking=cfg.inter_document_masking,
+        create_attention_mask=False,  # its default builds an l x l mask
+    )
+
+
 class _Builder(BlendedMegatronDatasetBuilder):
     """Megatron's builder without its barriers, at which the other ranks would wait for ever
     when rank 0 fails."""
@@ -297,17 +358,35 @@ def _build(cfg: DataConfig, config: GPTDatasetConfig, split: int, samples: int) 
     Megatron takes any index file it finds for complete. So the folder of an index counts only
     with a marker, written last, and rank 0 holds a lock against other runs meanwhile.
     """
-    key = sha256_json(
-        [config.random_seed, config.sequence_length, split, samples, config.blend_per_split]
-        + [list(config.tokenizer.unique_identifiers.items())]
-    )[:16]
-    parent = Path(cfg.cache) if cfg.cache else Path(cfg.train[0].path).parent / "cache"
-    folder = parent / key
-    marker = folder / "complete.json"
+    folder = _index_folder(cfg, config, [split, samples])
     config.path_to_cache = str(folder)
     sizes = [0, 0, 0]
     sizes[split] = samples
     builder = _Builder(GPTDataset, sizes, lambda: True, config)
+    _written(cfg, folder, lambda: (len(builder.build()[split]), {}))
+    with os_errors_as_data_errors(f"data.cache={folder.parent}", _SHARED):
+        return builder.build()[split]
+
+
+def _index_folder(cfg: DataConfig, config: GPTDatasetConfig, what: list[Any]) -> Path:
+    """The cache folder of one index."""
+    key = sha256_json(
+        [config.random_seed, config.sequence_length, *what, config.blend_per_split]
+        + [list(config.tokenizer.unique_identifiers.items())]
+    )[:16]
+    parent = Path(cfg.cache) if cfg.cache else Path(cfg.train[0].path).parent / "cache"
+    return parent / key
+
+
+def _written(
+    cfg: DataConfig, folder: Path, write: Callable[[], tuple[int, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Let rank 0 write an index unless it is there; what its marker says.
+
+    Args:
+        write: writes the index; returns its samples, and more for the marker.
+    """
+    parent, marker = folder.parent, folder / "complete.json"
     remedy = "set data.cache to a folder this user can write, with space left"
 
     def write_indices() -> None:
@@ -321,19 +400,20 @@ def _build(cfg: DataConfig, config: GPTDatasetConfig, split: int, samples: int) 
                 return
             for stale in folder.glob("*"):
                 stale.unlink()
-            dataset = builder.build()[split]
-            marker.write_text(json.dumps({"samples": len(dataset)}) + "\n")
+            samples, more = write()
+            folder.mkdir(parents=True, exist_ok=True)
+            marker.write_text(json.dumps({"samples": samples, **more}) + "\n")
 
     on_first_rank(write_indices)
-    with os_errors_as_data_errors(f"data.cache={parent}", "all ranks must see this folder"):
-        return builder.build()[split]
+    with os_errors_as_data_errors(f"data.cache={parent}", _SHARED):
+        return json.loads(marker.read_text())
 
 
 def _documents_of(dataset: Dataset, sample: int) -> tuple[str, list[int]]:
     if isinstance(dataset, BlendedDataset):
         part = dataset.datasets[dataset.dataset_index[sample]]
         return _documents_of(part, int(dataset.dataset_sample_index[sample]))
-    row = dataset.shuffle_index[sample]
+    row = dataset.shuffle_index[sample + getattr(dataset, "start", 0)]
     first, last = dataset.sample_index[row][0], dataset.sample_index[row + 1][0]
     documents = np.asarray(dataset.document_index[first : last + 1])
     return dataset.dataset_path, documents.tolist()

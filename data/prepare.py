@@ -29,6 +29,7 @@ from data.tokenizer import (
 from data.workers import Encoded, encode_all
 from recipes.errors import ConfigError, DataError
 from recipes.schema import DataConfig, Recipe
+from recipes.stages import stage_recipes
 
 _SPACE = "free space or choose another folder (STRATA_DATA), then run again; nothing is lost"
 
@@ -255,12 +256,16 @@ def _versions() -> dict[str, str]:
 
 
 def main(recipe: Recipe) -> int:
-    """Prepare the data of a recipe."""
+    """Prepare the data of a recipe, of all its stages."""
     # Megatron and torch say at import which GPU parts are absent: no matter for text.
     warnings.filterwarnings("ignore", module="megatron")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    done: list[DataConfig] = []
     try:
-        prepare(recipe.data)
+        for one in stage_recipes(recipe):
+            if one.data not in done:
+                prepare(one.data)
+                done.append(one.data)
     except KeyboardInterrupt:
         print("\ninterrupted; finished parts are kept, run the same command to continue")
         return 130
@@ -270,4 +275,4 @@ def main(recipe: Recipe) -> int:
 if __name__ == "__main__":
     from recipes.compose import run_cli
 
-    run_cli(main, "data.prepare")
+    run_cli(main, "data.prepare", all_stages=True)

@@ -5,14 +5,19 @@
 imports torch.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 from model.gemms import policy_of
 from model.pattern import LAYERS, Pattern, parse_pattern
 from parallel.layout import Layout, validate_layout
 from precision.apply import transformer_fields
 from precision.policy import check_sizes
+from recipes.errors import ConfigError
 from recipes.rules import above, at_least, divides, fail, listed, one_of, within
 from recipes.schema import ModelConfig, ParallelConfig, Recipe
-from recipes.validate import validate_run
+from recipes.stages import Span, spans, stage_recipes
+from recipes.validate import lengths_apart, validate_run
 
 _POSITIVE = (
     "hidden_size",
@@ -59,7 +64,54 @@ def validate_recipe(
     """
     layout = validate_sizes_apart(recipe, world_size, device)
     check_sizes(policy_of(recipe), rank_tokens(recipe, layout))
+    for key, own in lengths_apart(recipe).items():
+        if not recipe.stage.mix:
+            break
+        with _said_of(key):
+            other = validate_sizes_apart(own, layout.world_size, device)
+            check_sizes(policy_of(own), rank_tokens(own, other))
     return layout
+
+
+def validate_stages(recipe: Recipe, device: str | None = None) -> list[tuple[Span, Layout]]:
+    """Check every stage of a recipe; each with the fewest ranks it can run on.
+
+    Raises:
+        ConfigError: the first rule that a stage breaks, with its name.
+    """
+    if not recipe.stages:
+        return [(Span(recipe), validate_recipe(recipe, device=device))]
+    found, first = [], stage_recipes(recipe)[0]
+    for one in stage_recipes(recipe):
+        with _said_of(f"stages.{one.stage.name}"):
+            _same_in_every_stage(first, one)
+            validate_run(one, whole_schedule=False)
+    for span in spans(recipe):
+        with _said_of(f"stages.{span.name}"):
+            found.append((span, validate_recipe(span.recipe, device=device)))
+    return found
+
+
+def _same_in_every_stage(first: Recipe, one: Recipe) -> None:
+    """What all stages share, though a recipe of a group may say otherwise."""
+    tokenizers = first.data.tokenizer, one.data.tokenizer
+    rules = (
+        ("data.tokenizer.library", tokenizers[0].library, tokenizers[1].library),
+        ("data.tokenizer.path", tokenizers[0].path, tokenizers[1].path),
+        ("precision.params_dtype", first.precision.params_dtype, one.precision.params_dtype),
+    )
+    for key, firsts, value in rules:
+        if value != firsts:
+            fail(key, value, f"differs from {firsts} of the first stage", "use one for all")
+
+
+@contextlib.contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Put the place before the message of a broken rule."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def rank_tokens(recipe: Recipe, layout: Layout) -> int:

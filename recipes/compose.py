@@ -4,11 +4,12 @@ Hydra composes, the schema checks; what Hydra and OmegaConf say about a bad key 
 turned into one sentence that names the nearest valid key.
 """
 
+import contextlib
 import itertools
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from recipes.errors import ConfigError, StrataError
 from recipes.keys import describe_keys, nearest, plain_key, valid_keys
 from recipes.schema import Recipe
+from recipes.stage_keys import check_entry, differences, split_entry
+from recipes.stages import choose, stage_recipes, with_keys
 
 _SHIPPED = Path(__file__).parent
 """The recipes of this package."""
@@ -62,18 +65,98 @@ def load_recipe(overrides: Sequence[str], config_dir: Path | str | None = None) 
         overrides: Hydra overrides, e.g. `["experiment=tiny", "stage.train_steps=20"]`.
         config_dir: a folder with recipes of the user's own, in the same groups.
 
+    Returns:
+        The recipe. What its stages change is written out as keys, whatever recipes they chose; with
+        `run.stage=NAME`, the recipe of that stage alone.
+
     Raises:
         ConfigError: unknown group, choice or key, a value of the wrong type, a key that no
-            group and no override sets, or a recipe file that cannot be read.
+            group and no override sets, a recipe file that cannot be read, or a stage that is not
+            there.
     """
-    ConfigStore.instance().store(name="schema", node=Recipe)
     folder = _existing(config_dir)
-    _check_keys(overrides, folder)
-    search = [f"hydra.searchpath=['{folder.as_uri()}']"] if folder else []
-    try:
+    parsed = _check_keys(overrides, folder)
+    composed = _compose(overrides, parsed, folder)
+    recipe = _typed(composed)
+    for name, entry in list(recipe.stages.items()):
+        if entry is None:
+            del recipe.stages[name]
+            continue
+        chosen, keys = split_entry(name, entry)
+        for group, choice in chosen.items():
+            if choice not in choices(group, folder):
+                raise ConfigError(
+                    f"stages.{name}.{group}={choice}: there is no such recipe; use one of "
+                    + ", ".join(choices(group, folder))
+                )
+        with _said_of_stage(name):
+            staged = _compose(overrides, parsed, folder, chosen) if chosen else composed
+            staged = cast(DictConfig, with_keys(staged, keys))
+            recipe.stages[name] = differences(recipe, _typed(staged))
+    return choose(recipe, recipe.run.stage) if recipe.run.stage is not None else recipe
+
+
+def _compose(
+    overrides: Sequence[str],
+    parsed: list[Override],
+    folder: Path | None,
+    chosen: Mapping[str, str] | None = None,
+) -> DictConfig:
+    """What Hydra makes of the overrides, with other choices for some groups."""
+    ConfigStore.instance().store(name="schema", node=Recipe)
+    # Stages of the command line may be new, which keys of a recipe may not: Hydra refuses them.
+    stages = [o for o in parsed if o.key_or_group.split(".")[0] == "stages"]
+    words = [
+        word
+        for word, o in zip(overrides, parsed, strict=True)
+        if o not in stages and o.key_or_group.lstrip("/") not in (chosen or {})
+    ]
+    words += [f"{group}={choice}" for group, choice in (chosen or {}).items()]
+    if folder:
+        words.append(f"hydra.searchpath=['{folder.as_uri()}']")
+    with _explained(folder):
         with initialize_config_module("recipes", version_base="1.3"):
-            composed = compose("config", overrides=[*overrides, *search])
+            composed = compose("config", overrides=words)
+        for override in stages:
+            _set_stage(composed, override.key_or_group, override.value())
+    return composed
+
+
+def _set_stage(composed: DictConfig, key: str, value: Any) -> None:
+    """Put one override into what the recipe says of its stages."""
+    _, name, within = [*key.split(".", 2), None, None][:3]
+    with open_dict(composed.stages):
+        if name is None:
+            composed.stages = value
+        elif within is None:
+            composed.stages[name] = value
+        else:  # as a key of its own, after those of the recipe: it may follow a choice
+            if composed.stages.get(name) is None:
+                composed.stages[name] = {}
+            composed.stages[name].pop(within, None)
+            composed.stages[name][within] = value
+
+
+def _typed(composed: DictConfig) -> Recipe:
+    with _explained(None):
         return cast(Recipe, OmegaConf.to_object(composed))
+
+
+@contextlib.contextmanager
+def _said_of_stage(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"stages.{name}: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"stages.{name}: {_explain(error)}") from error
+
+
+@contextlib.contextmanager
+def _explained(folder: Path | None) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf say into one sentence."""
+    try:
+        yield
     except MissingConfigException as error:
         raise ConfigError(_missing(error, folder)) from error
     except MissingMandatoryValue as error:
@@ -129,11 +212,17 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     return overrides, Path(config_dir) if config_dir else None
 
 
-def run_cli(main: Callable[[Recipe], int | None], module: str, sweeps: bool = False) -> None:
+def run_cli(
+    main: Callable[[Recipe], int | None],
+    module: str,
+    sweeps: bool = False,
+    all_stages: bool = False,
+) -> None:
     """Run `main(recipe)` for the overrides in sys.argv and exit with its code.
 
     With `sweeps`, `--multirun` lets keys have several values: `main` gets the recipe of the first
-    point, and reads the others from sys.argv (see `points`).
+    point, and reads the others from sys.argv (see `points`). Without `all_stages`, `main` looks at
+    one stage: of a recipe with several it gets the first, which is said.
 
     A StrataError is printed as one message and exits with its code, 2; `traceback=true` shows where
     it came from. Ctrl-C exits with 130, unless `main` handles it.
@@ -163,6 +252,13 @@ def run_cli(main: Callable[[Recipe], int | None], module: str, sweeps: bool = Fa
         if show:
             print(to_yaml(recipe), end="")
             raise SystemExit(0)
+        if recipe.stages and not all_stages:
+            names = list(recipe.stages)
+            print(
+                f"stage {names[0]} of {', '.join(names)}; run.stage=NAME chooses another",
+                file=sys.stderr,
+            )
+            recipe = stage_recipes(recipe)[0]
         raise SystemExit(main(recipe) or 0)
     except StrataError as error:
         if any(a.lower() == "traceback=true" for a in overrides):
@@ -214,8 +310,8 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         ) from error
 
 
-def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> None:
-    """Reject unknown groups, choices and keys with the nearest valid name."""
+def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> list[Override]:
+    """Reject unknown groups, choices and keys with the nearest valid name; return the others."""
     parsed = _parsed(overrides)
     keys, known = valid_keys(), groups(config_dir)
     for override in parsed:
@@ -238,6 +334,8 @@ def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> None:
                         f"{override.input_line}: there is no such recipe; use one of "
                         + ", ".join(choices(key, config_dir))
                     )
+        elif key.split(".")[0] == "stages":
+            check_entry(key, override.value())
         elif (plain := plain_key(key)) not in keys and not any(
             k.startswith((plain + ".", plain + "[].")) or plain == k + "[]" for k in keys
         ):
@@ -245,6 +343,7 @@ def _check_keys(overrides: Sequence[str], config_dir: Path | None) -> None:
             raise ConfigError(f"{override.input_line}: unknown key {key}; {hint}")
         elif keys.get(plain, "").startswith("list") and isinstance(override.value(), list):
             _check_elements(key, cast(list[Any], override.value()))
+    return parsed
 
 
 def _check_elements(key: str, elements: list[Any]) -> None:

@@ -125,7 +125,7 @@ class PrecisionSwitch:
     both null."""
 
     at_tokens: float | None = None
-    """Switch at the first step that starts with so many tokens consumed."""
+    """Switch at the first step that starts with so many tokens of the stage consumed."""
     at_fraction: float | None = None
     """The same as a share of the tokens of the stage."""
     to: str | None = None
@@ -246,8 +246,8 @@ class SourceConfig:
     output: str = MISSING
     """Prefix of the .bin/.idx pair to write."""
     dataset: str = MISSING
-    """json, parquet or text (with data_files), a hub name, or `code`: the Python source
-    code of installed packages, no download needed."""
+    """json, parquet or text (with data_files), a hub name, `code`: the Python source code of
+    installed packages, no download needed, or `packages`: the same, each package one document."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -257,7 +257,7 @@ class SourceConfig:
     text_key: str = "text"
     """Column that holds the text."""
     packages: list[str] = field(default_factory=list)
-    """Packages of a `code` source; `stdlib` is the Python standard library."""
+    """Packages of a `code` or `packages` source; `stdlib` is the Python standard library."""
     max_megabytes: float | None = None
     """Stop after so much text (10^6 bytes)."""
 
@@ -320,7 +320,26 @@ class OptimizerConfig:
     lr_wsd_decay_fraction: float = 0.2
     """Used when lr_wsd_decay_tokens is null."""
     lr_schedule_tokens: float | None = None
-    """Tokens of the whole schedule; null: the tokens of the stage."""
+    """Tokens of the whole schedule; null: the tokens of the stage, or of the stages, one after the
+    other, that have these same lr* and min_lr: they share one schedule."""
+
+
+@dataclass
+class LengthConfig:
+    """Another sequence length for a share of the steps of a stage."""
+
+    share: float = MISSING
+    """Share of the steps that have it. The order is fixed: at every step the length that is
+    furthest behind its share, of equals the first, the stage's own before all."""
+    sequence_length: int = MISSING
+    """Tokens of one sequence in these steps."""
+    global_batch_size: int = MISSING
+    """Sequences of one of these steps."""
+    micro_batch_size: int = 1
+    """Sequences of one forward pass on one rank in these steps."""
+    train: list[BlendEntry] = field(default_factory=list)
+    """What these steps read; empty: data.train. A path that several lengths of a stage read is
+    divided between them, document by document."""
 
 
 @dataclass
@@ -328,7 +347,7 @@ class StageConfig:
     """How much, how long, how often."""
 
     name: str = "pretrain"
-    """Name of the stage."""
+    """Name of the stage; of one of `stages`, its name there."""
     sequence_length: int = MISSING
     """Tokens of one sequence."""
     global_batch_size: int = MISSING
@@ -343,6 +362,8 @@ class StageConfig:
     """Validate every so many steps; null: only at the end."""
     eval_steps: int = 8
     """Global batches of one validation."""
+    mix: list[LengthConfig] = field(default_factory=list)
+    """Other sequence lengths, each for a share of the steps; the rest have those above."""
 
 
 @dataclass
@@ -604,6 +625,8 @@ class RunConfig:
     """The run directory. The same directory resumes the same run."""
     seed: int = 1234
     """Seed of weights and data order."""
+    stage: str | None = None
+    """Only this one of `stages`, as a run of its own; null: all of them, one after the other."""
 
 
 @dataclass
@@ -627,6 +650,10 @@ class Recipe:
     merge: MergeConfig = field(default_factory=MergeConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    stages: dict[str, Any] = field(default_factory=dict)
+    """Stages of the run, in order: name -> what it changes in this recipe, as recipes of `data`,
+    `optimizer`, `precision`, `parallel` and `stage` (`data: mine`) or as keys (`data.train: [...]`,
+    `checkpoint.save_interval: 50`). Empty: one stage, this recipe. null takes a stage out."""
     device: str = "auto"
     """auto (CUDA if there is a GPU), cuda or host."""
     traceback: bool = False

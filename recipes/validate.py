@@ -5,12 +5,17 @@ The rules of the model are in model/validate.py, those of the layout in parallel
 `model.validate.validate_recipe` runs all of them.
 """
 
+from dataclasses import replace
+from math import lcm
+
 from recipes.rules import above, at_least, fail, multiple, one_of, show, within
 from recipes.schema import (
+    BlendEntry,
     CheckpointConfig,
     CompareConfig,
     DataConfig,
     GuardConfig,
+    LengthConfig,
     LoggingConfig,
     OptimizerConfig,
     PrecisionConfig,
@@ -19,13 +24,18 @@ from recipes.schema import (
     SensitivityConfig,
     StageConfig,
 )
+from recipes.stages import LONGEST_PATTERN, mix_shares, pattern
 
 FORMATS = ("nvfp4", "mxfp8", "bf16", "fp32", "nvfp4_backward", "mxfp8_backward")
 """What a precision rule may ask for."""
 
 
-def validate_run(recipe: Recipe) -> None:
+def validate_run(recipe: Recipe, whole_schedule: bool = True) -> None:
     """Check everything but the model and the layout.
+
+    Args:
+        whole_schedule: the schedule of the learning rate is known: a stage may share it with
+            others.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -36,7 +46,9 @@ def validate_run(recipe: Recipe) -> None:
     at_least("cluster.threads_per_rank", recipe.cluster.threads_per_rank, 1, "cores / local ranks")
     _precision(recipe.precision)
     _stage(recipe.stage)
-    _optimizer(recipe.optimizer, stage_tokens(recipe.stage))
+    _optimizer(recipe.optimizer)
+    if whole_schedule:
+        _schedule(recipe.optimizer, stage_tokens(recipe.stage))
     _checkpoint(recipe.checkpoint)
     _guard(recipe.guard, recipe.checkpoint)
     _logging(recipe.logging)
@@ -50,7 +62,7 @@ def stage_tokens(stage: StageConfig) -> float:
     if stage.train_tokens is not None:
         return stage.train_tokens
     assert stage.train_steps is not None, "validate the stage first"
-    return float(stage.train_steps * stage.global_batch_size * stage.sequence_length)
+    return float(pattern(stage).tokens(stage.train_steps))
 
 
 def _precision(precision: PrecisionConfig) -> None:
@@ -106,6 +118,7 @@ def _stage(stage: StageConfig) -> None:
     for name in ("sequence_length", "global_batch_size", "micro_batch_size", "eval_steps"):
         at_least(f"stage.{name}", getattr(stage, name), 1)
     at_least("stage.eval_interval", stage.eval_interval, 1, "only at the end")
+    _mix(stage)
     steps, tokens = stage.train_steps, stage.train_tokens
     if steps is None and tokens is None:
         fail(
@@ -127,7 +140,55 @@ def _stage(stage: StageConfig) -> None:
         at_least("stage.train_tokens", tokens, stage.global_batch_size * stage.sequence_length)
 
 
-def _optimizer(optimizer: OptimizerConfig, tokens: float) -> None:
+def _mix(stage: StageConfig) -> None:
+    for i, length in enumerate(stage.mix):
+        key = f"stage.mix[{i}]"
+        within(f"{key}.share", length.share, 0, 1)
+        above(f"{key}.share", length.share, 0)
+        for name in ("sequence_length", "global_batch_size", "micro_batch_size"):
+            at_least(f"{key}.{name}", getattr(length, name), 1)
+        _blend(f"{key}.train", length.train)
+    if not stage.mix:
+        return
+    shares = mix_shares(stage)
+    if shares[0] <= 0:
+        fail(
+            "stage.mix",
+            [length.share for length in stage.mix],
+            "leaves no steps for stage.sequence_length",
+            "give shares whose sum is below 1",
+        )
+    steps = lcm(*(share.denominator for share in shares))
+    if steps > LONGEST_PATTERN:
+        fail(
+            "stage.mix",
+            [length.share for length in stage.mix],
+            f"are shares whose order repeats only after {steps} steps",
+            f"round them so that it repeats within {LONGEST_PATTERN}, as 0.125 or 0.08",
+        )
+
+
+def lengths_apart(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe with each of its lengths as the only one, by the key of the length."""
+    stage = recipe.stage
+    found = {"stage": replace(recipe, stage=replace(stage, mix=[]))}
+    for i, length in enumerate(stage.mix):
+        own = _as_stage(stage, length)
+        found[f"stage.mix[{i}]"] = replace(recipe, stage=own)
+    return found
+
+
+def _as_stage(stage: StageConfig, length: LengthConfig) -> StageConfig:
+    return replace(
+        stage,
+        mix=[],
+        sequence_length=length.sequence_length,
+        global_batch_size=length.global_batch_size,
+        micro_batch_size=length.micro_batch_size,
+    )
+
+
+def _optimizer(optimizer: OptimizerConfig) -> None:
     one_of("optimizer.optimizer", optimizer.optimizer, ("adam",))
     above("optimizer.lr", optimizer.lr, 0)
     within("optimizer.min_lr", optimizer.min_lr, 0, optimizer.lr, closed=True)
@@ -156,7 +217,6 @@ def _optimizer(optimizer: OptimizerConfig, tokens: float) -> None:
         "lr_wsd_decay_fraction",
     )
     above("optimizer.lr_schedule_tokens", optimizer.lr_schedule_tokens, 0, "the whole stage")
-    _schedule(optimizer, tokens)
 
 
 def _schedule(optimizer: OptimizerConfig, tokens: float) -> None:
@@ -253,7 +313,11 @@ def _data(data: DataConfig) -> None:
     )
     at_least("data.prepare_workers", data.prepare_workers, 1)
     for blend in ("train", "validation"):
-        for i, entry in enumerate(getattr(data, blend)):
-            above(f"data.{blend}[{i}].weight", entry.weight, 0)
+        _blend(f"data.{blend}", getattr(data, blend))
     for i, source in enumerate(data.sources):
         above(f"data.sources[{i}].max_megabytes", source.max_megabytes, 0, "all of it")
+
+
+def _blend(key: str, blend: list[BlendEntry]) -> None:
+    for i, entry in enumerate(blend):
+        above(f"{key}[{i}].weight", entry.weight, 0)

@@ -10,6 +10,7 @@ from typing import Any
 from recipes.compose import run_cli
 from recipes.errors import ConfigError
 from recipes.schema import Recipe
+from recipes.stages import saved_steps
 from recipes.tables import table
 from slurm import client
 from slurm.submit import submitted
@@ -63,7 +64,8 @@ def status(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> Iterat
     if records:
         last = records[-1]
         of = f" of {steps} ({last['step'] / steps:.0%})" if steps else ""
-        yield "step", f"{last['step']}{of}"
+        stage = f", stage {last['stage']}" if "stage" in last else ""
+        yield "step", f"{last['step']}{of}{stage}"
         yield "loss", f"{last['loss']:.4f}" if last["loss"] is not None else "not finite"
         yield "speed", f"{last['tokens_per_second']:,.0f} tokens/s"
         if steps and last["step"] < steps:
@@ -110,6 +112,8 @@ def _state(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> str:
         return f"complete at step {complete}"
     if stopped := _text(folder / "stopped"):
         return f"stopped: {stopped}"
+    if waiting := _text(folder / "waiting"):
+        return f"waiting: {waiting}"
     events = _lines(folder / "slurm" / "chain.jsonl")
     if not jobs:
         return "not submitted to Slurm from this directory"
@@ -125,10 +129,7 @@ def _steps(folder: Path) -> int | None:
     config = folder / "config.json"
     if not config.exists():
         return None
-    stage = json.loads(config.read_text())["stage"]
-    if stage["train_steps"] is not None:
-        return int(stage["train_steps"])
-    return -(-int(stage["train_tokens"]) // (stage["global_batch_size"] * stage["sequence_length"]))
+    return saved_steps(json.loads(config.read_text()))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

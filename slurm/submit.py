@@ -8,6 +8,7 @@ import copy
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from recipes.compose import MULTIRUN, load_recipe, points, run_cli, split_argume
 from recipes.errors import ConfigError, DataError
 from recipes.rules import fail
 from recipes.schema import Recipe
+from recipes.stages import spans
 from slurm import client
 from slurm.job import Job, Run, launched_ranks, shape
 from slurm.render import job_script, report_script
@@ -58,6 +60,8 @@ def main(recipe: Recipe) -> int:
         bad_nodes=bad_nodes(folder),
     )
     planned = f"{nodes} nodes x {per_node} ranks; {layouts[0]}"
+    if recipe.stages:
+        planned = "\n".join(stages(recipe))
     if recipe.dry_run:
         print(planned, file=sys.stderr)
         _say_what_is_missing(recipes)
@@ -148,21 +152,43 @@ def _comparison_folder(recipe: Recipe) -> str:
 
 def _check(recipe: Recipe) -> Layout:
     """All that `python -m train` would check before it builds anything."""
-    from model.validate import validate_recipe
+    from model.validate import validate_recipe, validate_stages
     from train import rundir
+    from train.stages import here
 
     device = recipe.device
     if device == "auto":
         device = "cuda" if recipe.cluster.gpus_per_node else "host"
-    layout = validate_recipe(recipe, launched_ranks(recipe.cluster), device)
+    validate_stages(recipe, device)
+    now = here(recipe).span.recipe
+    layout = validate_recipe(now, launched_ranks(recipe.cluster), device)
     rundir.check(recipe)
     return layout
+
+
+def stages(recipe: Recipe) -> Iterator[str]:
+    """A line for each stage of a recipe: its nodes, and where the job ends for want of others."""
+    from model.validate import validate_stages
+    from train.stages import here
+
+    now = here(recipe).index
+    if recipe.cluster.nodes is not None:  # whatever fits them
+        names = ", ".join(recipe.stages)
+        yield f"{recipe.cluster.nodes} nodes for the stages {names}"
+        return
+    wanted = [(span, shape(recipe.cluster, layout)) for span, layout in validate_stages(recipe)]
+    fits = True
+    for i, (span, (nodes, per_node)) in enumerate(wanted):
+        fits = fits and (i <= now or (nodes, per_node) == wanted[now][1])
+        state = "done" if i < now else "in this job" if fits else "submit again for it"
+        yield f"stage {span.name}: {nodes} nodes x {per_node} ranks, {span.steps} steps: {state}"
 
 
 def _missing_data(recipe: Recipe) -> str | None:
     if recipe.data.prepare_if_missing:
         return None
-    entries = [*recipe.data.train, *recipe.data.validation]
+    mixed = [entry for length in recipe.stage.mix for entry in length.train]
+    entries = [*recipe.data.train, *recipe.data.validation, *mixed]
     files = [Path(f"{e.path}{end}").expanduser() for e in entries for end in (".bin", ".idx")]
     missing = [str(f) for f in files if not f.exists()]
     if not missing:
@@ -171,9 +197,16 @@ def _missing_data(recipe: Recipe) -> str | None:
     return f"{missing[0]}{more} of data={recipe.data.name} are not there; prepare them first"
 
 
+def _now(recipe: Recipe) -> Recipe:
+    """The recipe of the stage the job begins with."""
+    from train.stages import here
+
+    return here(recipe).span.recipe
+
+
 def _say_what_is_missing(recipes: dict[str, Recipe]) -> None:
     """A dry run may be made where the data is not."""
-    missing = _missing_data(next(iter(recipes.values())))
+    missing = _missing_data(_now(next(iter(recipes.values()))))
     if missing:
         print(f"would be refused now: {missing}", file=sys.stderr)
     if not client.available():
@@ -181,18 +214,16 @@ def _say_what_is_missing(recipes: dict[str, Recipe]) -> None:
 
 
 def _check_ready(folder: Path, recipes: dict[str, Recipe], dependency: str | None) -> None:
-    from train.optimizer import train_steps
-
     if not client.available():
         raise ConfigError(
             "there is no sbatch on this machine; submit where Slurm is, or use dry_run=true"
         )
     for recipe in recipes.values():
-        if missing := _missing_data(recipe):
+        if missing := _missing_data(_now(recipe)):
             raise DataError(missing)
     if len(recipes) == 1:
         complete = Path(next(iter(recipes.values())).run.dir) / "complete"
-        steps = train_steps(next(iter(recipes.values())).stage)
+        steps = spans(next(iter(recipes.values())))[-1].end
         if complete.exists() and int(complete.read_text()) >= steps:
             raise ConfigError(
                 f"run.dir={folder} is complete at step {complete.read_text().strip()}; give a "
@@ -229,7 +260,7 @@ def _write(job: Job, recipes: dict[str, Recipe]) -> None:
             )
             run.folder.mkdir(parents=True, exist_ok=True)
             # What ended the chain before is the user's to judge, and he has.
-            for name in ("strikes", "stopped", "complete", "slurm/begun"):
+            for name in ("strikes", "stopped", "complete", "waiting", "slurm/begun"):
                 (run.folder / name).unlink(missing_ok=True)
         (job.folder / "job.sh").write_text(job_script(job))
 
@@ -260,4 +291,4 @@ def _queue_report(job: Job, recipe: Recipe, folder: Path, array: str) -> str:
 
 
 if __name__ == "__main__":
-    run_cli(main, "slurm.submit", sweeps=True)
+    run_cli(main, "slurm.submit", sweeps=True, all_stages=True)

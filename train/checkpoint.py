@@ -21,6 +21,7 @@ from data.ranks import on_first_rank
 from precision.backend import rounding_state, set_rounding_state
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
+from recipes.stages import Place
 from train.guards import write_atomically
 from train.writing import Writer
 
@@ -36,7 +37,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done, dropped ones included."""
     consumed_samples: int = 0
-    """Sequences read; the next batch starts here."""
+    """Sequences read."""
     consumed_tokens: int = 0
     """Tokens read; the position of the learning-rate schedule."""
 
@@ -54,6 +55,13 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     layout: dict[str, int] = field(default_factory=dict)
     """Parallel sizes, written into meta.json; random states load only into the same layout."""
+    law_tokens: int = 0
+    """Tokens of the run before the schedule began: another stage may have had its own."""
+
+    def place_schedule(self) -> None:
+        """Put the schedule where the progress is."""
+        self.schedule.num_steps = self.progress.consumed_tokens - self.law_tokens
+        self.schedule.step(increment=0)
 
 
 class Checkpointer:
@@ -65,18 +73,22 @@ class Checkpointer:
         config: CheckpointConfig,
         data_fingerprint: Callable[[int], str],
         say: Callable[[str], None],
+        place: Place | None = None,
     ) -> None:
         """Args:
         folder: where the checkpoints are, inside the run directory.
         config: when to save and what to keep.
-        data_fingerprint: hash of the data up to a number of consumed samples; a checkpoint
-            whose hash differs belongs to other data or another order.
+        data_fingerprint: hash of the data read in a number of steps; a checkpoint whose hash
+            differs belongs to other data or another order.
         say: tells the user what was decided.
+        place: the stage among those of its run; None: the run has no other. The checkpoint at
+            the end of a stage is always kept.
         """
         self.folder = folder
         self.config = config
         self.data_fingerprint = data_fingerprint
         self.say = say
+        self.place = place if place is not None and place.staged else None
         self.last_saved: int | None = None
         """Step of the newest complete checkpoint; call `wait` first if one is being written."""
         self._writer = Writer(folder.parent)
@@ -96,8 +108,10 @@ class Checkpointer:
         meta = {
             "progress": asdict(state.progress),
             "layout": state.layout,
-            "data": self.data_fingerprint(state.progress.consumed_samples),
+            "data": self.data_fingerprint(state.progress.step),
         }
+        if self.place is not None:
+            meta["stage"] = self._stage_at(state.progress.step)
         with self._writer.explained():
             on_first_rank(lambda: _clear(path))
         request = dist_checkpointing.save(
@@ -177,7 +191,8 @@ class Checkpointer:
 
         meta = _read_meta(path)
         _verify(path)
-        if meta["data"] != self.data_fingerprint(meta["progress"]["consumed_samples"]):
+        self._check_stage(path, meta)
+        if meta["data"] != self.data_fingerprint(meta["progress"]["step"]):
             raise CheckpointError(
                 f"{path} was trained on other data or in another order than data.train and "
                 "run.seed give now; restore the data (a longer stage.train_steps can also need "
@@ -203,17 +218,47 @@ class Checkpointer:
             unwrap_model(chunk).load_state_dict(
                 loaded[_model_key(i, len(state.chunks))], strict=True
             )
-        _load_optimizer(state.optimizer, loaded["optimizer"])
+        with _own_settings(state.optimizer):
+            _load_optimizer(state.optimizer, loaded["optimizer"])
         # Megatron adds the loaded position to the present one, which a rollback has.
         state.schedule.num_steps = 0
         state.schedule.load_state_dict(loaded["schedule"])
         state.progress = Progress(**loaded["progress"])
+        state.place_schedule()
         if same_layout:
             _set_rng_state(loaded[_RNG])
         else:
             self.say(
                 f"layout changed from {meta['layout']} to {state.layout}: random states start "
                 "anew (they matter only with dropout and stochastic rounding)"
+            )
+
+    def _stage_at(self, steps: int) -> dict[str, Any]:
+        """Which stage the last of so many steps is in, and where that begins."""
+        assert self.place is not None
+        span = self.place.of_last_step(steps).span
+        return {"name": span.name, "first_step": span.first_step, "first_tokens": span.first_tokens}
+
+    def _check_stage(self, path: Path, meta: dict[str, Any]) -> None:
+        """A run goes on in the stage it stopped in, or at the start of the next."""
+        steps = meta["progress"]["step"]
+        if self.place is None:
+            if "stage" in meta:
+                raise CheckpointError(
+                    f"{path} is of stage {meta['stage']['name']} of a run with stages, which this "
+                    "recipe has not; give its recipe, or checkpoint.load in another run.dir"
+                )
+            return
+        expected = self._stage_at(steps)
+        if meta.get("stage") != expected:
+            raise CheckpointError(
+                f"{path} is of stage {meta.get('stage')}, but by this recipe its step {steps} is "
+                f"of {expected}; restore the lengths of the stages before"
+            )
+        if steps < self.place.span.first_step:
+            raise CheckpointError(
+                f"{path} is of stage {expected['name']}, before stage {self.place.span.name}; to "
+                f"go back to it write {path.name} into {self.folder / LATEST}"
             )
 
     def _finish(self, path: Path, meta: dict[str, Any]) -> None:
@@ -241,6 +286,8 @@ class Checkpointer:
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
         kept = set(past if keep_last is None else past[-keep_last:]) | (complete - set(past))
         kept |= {n for n in past if keep_every and int(n.split("_")[1]) % keep_every == 0}
+        ends = {span.end for span in self.place.spans} if self.place is not None else set()
+        kept |= {n for n in past if int(n.split("_")[1]) in ends}
         for path in self.folder.glob("iter_*"):
             if path.name not in kept:
                 _remove(path)
@@ -372,6 +419,17 @@ def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
         for i, one in enumerate(own)
     }
     optimizer.load_state_dict(states if len(own) > 1 else states[0])
+
+
+@contextlib.contextmanager
+def _own_settings(optimizer: Any) -> Iterator[None]:
+    """Keep the settings the optimizer was built with: a checkpoint brings those of the stage it
+    was saved in, and Megatron's schedule reads the rates from them."""
+    first, *_ = optimizer.param_groups  # all have the same
+    own = {name: first[name] for name in ("max_lr", "min_lr", "betas", "eps")}
+    yield
+    for group in optimizer.param_groups:
+        group.update(own)
 
 
 def _at_step(optimizer: Any, step: int | None) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from recipes.compose import choices, load_recipe, run_cli, split_arguments
 from recipes.errors import ConfigError, StrataError
 from recipes.rules import one_of
 from recipes.schema import Recipe
+from recipes.stages import train_steps
 from train import rundir
 from train.comparison import compare
 from train.comparison_plots import plot_comparison
@@ -29,7 +30,6 @@ from train.guards import (
     StopRequest,
 )
 from train.metrics import MetricsFile
-from train.optimizer import train_steps
 from train.report import headline, write_report
 from train.world import end_with_parent, launched
 
@@ -142,6 +142,11 @@ def plan(recipe: Recipe, arguments: list[str], folder: Path) -> list[Arm]:
             where = folder / "arms" / name
             own = [f"{group}={choice}", f"run.seed={seed}", f"run.dir={where}"]
             planned = load_recipe([*common, *own], config_dir)
+            if planned.stages:
+                raise ConfigError(
+                    f"a recipe with stages ({', '.join(planned.stages)}) cannot be compared; "
+                    "compare one of them with run.stage=NAME"
+                )
             validate_recipe(planned)
             rundir.check(planned)
             arms.append(Arm(name, where, [*place, *common, *own], train_steps(planned.stage)))

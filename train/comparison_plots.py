@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from recipes.stages import tokens_after_steps
 from train.comparison import Arm, Comparison
 from train.finished import FinishedRun
 from train.gaps import LAST, Series, smooth
-from train.optimizer import tokens_per_step
 
 SHADES = {"early": "0.88", "stable": "1.0", "decay": "0.94"}
 """Window -> grey of its background."""
@@ -145,7 +145,7 @@ def _place_order(place: str) -> tuple[bool, list[int]]:
 def _tokens(run: FinishedRun) -> tuple[Series, int]:
     """Millions of tokens at the end of each step, and an odd smoothing width of about 1/20."""
     steps = run.series("loss").size
-    return np.arange(1, steps + 1) * tokens_per_step(run.stage) / 1e6, steps // 20 | 1
+    return np.array(tokens_after_steps(run.stage)) / 1e6, steps // 20 | 1
 
 
 def _figure(comparison: Comparison) -> tuple[Any, Any]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from recipes.compose import run_cli
 from recipes.errors import StrataError
 from recipes.schema import Recipe
+from recipes.stages import train_steps
 from train.compare import EXIT_FAILED
 from train.guards import EXIT_COMPLETE, EXIT_STOPPED
 from train.metrics import MetricsFile
-from train.optimizer import train_steps
 
 
 def main(recipe: Recipe) -> int:

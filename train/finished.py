@@ -11,10 +11,10 @@ import numpy as np
 
 from precision.policy import is_quantized
 from recipes.errors import ConfigError
-from recipes.schema import ModelConfig, OptimizerConfig, Recipe, StageConfig
+from recipes.schema import LengthConfig, ModelConfig, OptimizerConfig, Recipe, StageConfig
+from recipes.stages import train_steps
 from train.gaps import Series
 from train.metrics import MetricsFile
-from train.optimizer import train_steps
 from train.rundir import NOT_LEARNING, flat
 
 HASHES = {
@@ -67,7 +67,9 @@ class FinishedRun:
     @cached_property
     def stage(self) -> StageConfig:
         """Its stage."""
-        return StageConfig(**_known(StageConfig, self.config["stage"]))
+        stage = StageConfig(**_known(StageConfig, self.config["stage"]))
+        stage.mix = [LengthConfig(**length) for length in self.config["stage"].get("mix", [])]
+        return stage
 
     @cached_property
     def optimizer(self) -> OptimizerConfig:
@@ -130,6 +132,11 @@ def read_run(folder: Path) -> FinishedRun:
         raise ConfigError(
             f"{folder} holds a damaged file ({type(error).__name__}: {error}); train it anew"
         ) from error
+    if config.get("stages"):
+        raise ConfigError(
+            f"{folder} has stages ({', '.join(config['stages'])}), which cannot be compared; train "
+            "one of them with run.stage=NAME"
+        )
     found = [r.get("step") for r in run.records]
     if found != list(range(1, done + 1)):
         wrong = next(i for i, step in enumerate(found, start=1) if step != i)

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes.schema import OptimizerConfig, StageConfig
-from train.optimizer import schedule_tokens, tokens_per_step, train_steps
+from recipes.stages import stage_length, tokens_after_steps
+from train.optimizer import schedule_tokens
 
 Series = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -55,7 +56,7 @@ class Window:
 
     def mask(self, stage: StageConfig) -> Mask:
         """[n], whether a step belongs to the window."""
-        starts = np.arange(train_steps(stage)) * float(tokens_per_step(stage))
+        starts = np.array([0, *tokens_after_steps(stage)[:-1]], dtype=float)
         return (starts >= self.start) & (starts < self.end)
 
 
@@ -66,7 +67,7 @@ def windows(optimizer: OptimizerConfig, stage: StageConfig) -> list[Window]:
     schedule, or everything after the early part for cosine and linear, which have nothing
     stable.
     """
-    whole = float(train_steps(stage) * tokens_per_step(stage))
+    whole = float(stage_length(stage))
     warmup, decay, schedule = schedule_tokens(optimizer, stage)
     early = max(float(warmup), EARLY * whole)
     begin = {"WSD": float(schedule - decay), "constant": whole}.get(optimizer.lr_decay_style, early)

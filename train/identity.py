@@ -33,7 +33,7 @@ def write_identity(recipe: Recipe, data: Batches, chunks: list[Any]) -> None:
     rest = json.dumps(keys, sort_keys=True)
     identity = {
         "initial_parameters": parameters,
-        "data_order": data.fingerprint(data.num_train_samples),
+        "data_order": data.fingerprint(data.last_step),
         "recipe_without_precision": hashlib.sha256(rest.encode()).hexdigest(),
     }
     path = Path(recipe.run.dir) / "identity.json"

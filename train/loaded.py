@@ -1,5 +1,6 @@
 """A checkpoint as a model that can be run, on one rank: for validation and generation."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from model.conversion.torch_dist import find_checkpoint, saved_recipe
 from recipes.compose import load_recipe
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig, ParallelConfig, PrecisionConfig, Recipe
+from recipes.stages import Place, spans
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,21 @@ def run_recipe(checkpoint: Path) -> Recipe:
         text = str(error).splitlines()[0]
         raise CheckpointError(f"the recipe of {checkpoint} cannot be read: {text}") from error
     assert isinstance(recipe, Recipe)
+    if recipe.stages:
+        recipe = _stage_of(recipe, find_checkpoint(checkpoint))
     recipe.parallel = ParallelConfig()
     recipe.checkpoint = CheckpointConfig()
     dtype = recipe.precision.params_dtype
     recipe.precision = PrecisionConfig(name="checkpoint", params_dtype=dtype)
     return recipe
+
+
+def _stage_of(recipe: Recipe, checkpoint: Path) -> Recipe:
+    """The recipe of the stage a checkpoint was saved in; a merged one has the last."""
+    found = spans(recipe)
+    meta = checkpoint / "meta.json"
+    step = json.loads(meta.read_text())["progress"]["step"] if meta.exists() else found[-1].end
+    return Place(found).of_last_step(step).span.recipe
 
 
 def build(recipe: Recipe) -> Any:

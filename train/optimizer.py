@@ -3,28 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from recipes.schema import OptimizerConfig, ParallelConfig, PrecisionConfig, StageConfig
+from recipes.stages import stage_length
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
-def tokens_per_step(stage: StageConfig) -> int:
-    """Tokens of one optimizer step."""
-    return stage.global_batch_size * stage.sequence_length
-
-
-def train_steps(stage: StageConfig) -> int:
-    """Optimizer steps of the stage, from train_steps or rounded up from train_tokens."""
-    if stage.train_steps is not None:
-        return stage.train_steps
-    assert stage.train_tokens is not None, "validated before"
-    return -(-int(stage.train_tokens) // tokens_per_step(stage))
-
-
 def schedule_tokens(optimizer: OptimizerConfig, stage: StageConfig) -> tuple[int, int, int]:
     """(warmup, decay, whole schedule) in tokens, fractions turned into tokens."""
-    whole = int(optimizer.lr_schedule_tokens or train_steps(stage) * tokens_per_step(stage))
+    whole = int(optimizer.lr_schedule_tokens or stage_length(stage))
     warmup = optimizer.lr_warmup_tokens
     decay = optimizer.lr_wsd_decay_tokens
     return (

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 from recipes.errors import StrataError
 from recipes.rules import fail
 from recipes.schema import Recipe
+from recipes.stages import Place, Span, pattern
 from train import rundir
-from train.guards import StopRequest
+from train.guards import EXIT_COMPLETE, EXIT_STOPPED, StopRequest
 from train.world import check_world, joined_world, launched, start_ranks
 
 if TYPE_CHECKING:
@@ -29,13 +31,18 @@ Job = Callable[[Recipe, "Layout", "Backends", MemoryHandler], int]
 
 def run(recipe: Recipe) -> int:
     """Train the recipe; the exit code says how it ended (see train.guards)."""
-    if launched() is None:
-        from model.validate import validate_recipe
+    from model.validate import validate_stages
+    from train.stages import here, in_stage
 
+    if launched() is None or recipe.stages:
         # Before ranks are started for a mistake.
-        validate_recipe(recipe)
+        validate_stages(recipe)
+    if launched() is None:
         rundir.check(recipe)
-    return in_world(recipe, train)
+    if not recipe.stages:
+        return in_world(recipe, partial(train, recipe, None))
+    place = here(recipe)
+    return in_stage(recipe, place, partial(train, recipe, place))
 
 
 def in_world(recipe: Recipe, job: Job) -> int:
@@ -69,11 +76,20 @@ def in_world(recipe: Recipe, job: Job) -> int:
             return job(recipe, layout, backends, messages)
 
 
-def train(recipe: Recipe, layout: "Layout", backends: "Backends", messages: MemoryHandler) -> int:
-    """Build everything and train, on this rank of a world that is up.
+def train(
+    whole: Recipe,
+    place: Place | None,
+    recipe: Recipe,
+    layout: "Layout",
+    backends: "Backends",
+    messages: MemoryHandler,
+) -> int:
+    """Build everything and train one stage, on this rank of a world that is up.
 
     Args:
-        recipe: the validated recipe.
+        whole: the recipe of the run.
+        place: the stage among those of the run; None: it has no other.
+        recipe: the validated recipe of the stage.
         layout: what validation made of recipe.parallel.
         backends: what runs on what.
         messages: holds the libraries' messages until the run directory is known to be ours.
@@ -81,25 +97,31 @@ def train(recipe: Recipe, layout: "Layout", backends: "Backends", messages: Memo
     import torch.distributed as dist
 
     from data.ranks import on_first_rank
-    from train.batches import Batches, check_data
+    from train.batches import Batches, check_data, missing_data
 
     folder, rank = Path(recipe.run.dir), dist.get_rank()
-    changes = on_first_rank(lambda: rundir.check(recipe))
+    changes = on_first_rank(lambda: rundir.check(whole))
     if rank == 0:
         print(backends, *(f"changed: {c}" for c in changes), sep="\n", flush=True)
     # Before anything is written: a mistake in the recipe leaves no directory behind.
     on_first_rank(lambda: check_data(recipe))
-    on_first_rank(lambda: rundir.prepare(recipe, backends))
+    if rank == 0 and place is not None:
+        for span in place.spans[place.index + 1 :]:
+            for path in missing_data(span.recipe):
+                print(f"stages.{span.name} will need {path}, which is not there yet", flush=True)
+    on_first_rank(lambda: rundir.prepare(whole, backends))
     with rundir.usable(folder):
         messages.setTarget(log_file(folder, rank))
         messages.flush()
     with StopRequest().listening() as stop:
-        data = Batches(recipe, layout.dp)
+        data = Batches(recipe, layout.dp, place)
         with rundir.usable(folder):
-            return _train(recipe, layout, data, stop)
+            return _train(recipe, place or Place([Span(recipe)]), layout, data, stop)
 
 
-def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest) -> int:
+def _train(
+    recipe: Recipe, place: Place, layout: "Layout", data: "Batches", stop: StopRequest
+) -> int:
     import torch.distributed as dist
 
     from model.counts import flops_per_token
@@ -108,15 +130,15 @@ def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest)
     from train.checkpoint import Checkpointer
     from train.identity import write_identity
     from train.metrics import Reporter
-    from train.optimizer import train_steps
     from train.trainer import Trainer
     from train.weights import load_weights
 
     folder, first = Path(recipe.run.dir), dist.get_rank() == 0
     state, routers = build_state(recipe, layout)
+    state.law_tokens = place.span.law_tokens
     said: list[str] = []
     checkpointer = Checkpointer(
-        folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append
+        folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append, place
     )
     resumed = checkpointer.load(state)
     if not resumed and recipe.checkpoint.load is not None:
@@ -130,20 +152,27 @@ def _train(recipe: Recipe, layout: "Layout", data: "Batches", stop: StopRequest)
         active=first,
         config=asdict(recipe),
         first_step=state.progress.step,
-        last_step=train_steps(recipe.stage),
+        last_step=place.span.end,
     )
     checkpointer.say = reporter.say
     where = f"resumed at step {state.progress.step}" if resumed else "started"
+    if place.staged:
+        of = f"{place.index + 1} of {len(place.spans)}"
+        where += f", stage {place.span.name} ({of}: to step {place.span.end})"
     for message in (*said, f"{folder}: {where}; {layout}"):
         reporter.say(message)
-    flops = flops_per_token(recipe.model, recipe.stage.sequence_length)
-    trainer = Trainer(recipe, state, routers, data, checkpointer, reporter, flops, stop)
+    shapes = pattern(recipe.stage).shapes
+    flops = [flops_per_token(recipe.model, shape.sequence_length) for shape in shapes]
+    trainer = Trainer(recipe, state, routers, data, checkpointer, reporter, flops, stop, place)
     try:
         code = trainer.fit()
+        if code == EXIT_COMPLETE and place.following is not None and stop.agreed():
+            code = EXIT_STOPPED
     finally:
         reporter.close()
     if first:
-        rundir.mark_end(folder, code, state.progress.step)
+        if code != EXIT_COMPLETE or place.following is None:
+            rundir.mark_end(folder, code, state.progress.step)
         plots.plot_run(folder)
     return code
 

@@ -14,10 +14,13 @@ from model.backends import Backends
 from recipes.compose import to_yaml
 from recipes.errors import ConfigError
 from recipes.schema import Recipe
+from recipes.stages import spans
 from train.guards import EXIT_COMPLETE, EXIT_NON_FINITE, write_atomically
 
 COMPLETE = "complete"
 """File of a run whose last step is done and saved; it says the step."""
+WAITING = "waiting"
+"""File of a run whose next stage needs other ranks than it was given; it says which."""
 STOPPED = "stopped"
 """File of a run that a guard stopped for good; it says why."""
 
@@ -33,6 +36,7 @@ _APART = (
     "merge",
     "parity",
     "run.dir",
+    "run.stage",
     "device",
     "traceback",
     "dry_run",
@@ -83,13 +87,23 @@ def check(recipe: Recipe) -> list[str]:
     new = flat(asdict(recipe))
     different = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
     lines = {k: f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(different)}
-    fixed = [line for key, line in lines.items() if not _may_change(key)]
+    free = _open_stages(recipe, old, steps_done(folder))
+    fixed = [line for key, line in lines.items() if not _may_change(key, free)]
     if fixed:
         raise ConfigError(
             f"run.dir={folder} belongs to a run with another configuration "
             f"({'; '.join(fixed)}); choose another run.dir or undo these changes"
         )
     return list(lines.values())
+
+
+def steps_done(folder: Path) -> int:
+    """Steps up to the newest checkpoint."""
+    latest = folder / "checkpoints" / "latest"
+    with usable(folder):
+        name = latest.read_text().strip() if latest.exists() else ""
+    number = name.removeprefix("iter_")
+    return int(number) if number.isdigit() else 0
 
 
 def prepare(recipe: Recipe, backends: Backends) -> None:
@@ -102,7 +116,7 @@ def prepare(recipe: Recipe, backends: Backends) -> None:
     with usable(folder):
         for name in ("checkpoints", "plots", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        for name in (COMPLETE, STOPPED):
+        for name in (COMPLETE, STOPPED, WAITING):
             (folder / name).unlink(missing_ok=True)
         write_atomically(folder / "config.json", json.dumps(asdict(recipe), indent=1) + "\n")
         write_atomically(folder / "config.yaml", to_yaml(recipe))
@@ -155,7 +169,20 @@ def _trained(folder: Path) -> bool:
     )
 
 
-def _may_change(key: str) -> bool:
+def _open_stages(recipe: Recipe, old: dict[str, Any], steps: int) -> set[str]:
+    """Stages of this recipe, and of the run before, in which no step is done yet."""
+    if not recipe.stages or not any(key.startswith("stages.") for key in old):
+        return set()
+    begun = {span.name for span in spans(recipe) if span.first_step < steps}
+    names = {key.split(".")[1] for key in old if key.startswith("stages.")}
+    return (names | recipe.stages.keys()) - begun
+
+
+def _may_change(key: str, open_stages: set[str]) -> bool:
+    if key.startswith("stages."):
+        _, name, *rest = key.split(".")
+        # A stage may set what others leave to the recipe, where it is None here.
+        return name in open_stages or (bool(rest) and _may_change(".".join(rest), set()))
     explains = key.startswith("precision.") and key.endswith(".why")
     return explains or any(key == k or key.startswith(k + ".") for k in MAY_CHANGE)
 

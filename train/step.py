@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.pattern import Pattern
 from parallel import wire
-from recipes.schema import StageConfig
+from recipes.stages import Shape
 from train.batches import packed_documents
 
 
@@ -83,7 +83,7 @@ def run_schedule(
     chunks: list[Any],
     batches: list[Iterator[dict[str, Tensor]]],
     num_microbatches: int,
-    stage: StageConfig,
+    shape: Shape,
     forward_only: bool,
 ) -> list[Tensor]:
     """One pass of Megatron's schedule.
@@ -93,6 +93,7 @@ def run_schedule(
         batches: the same micro batches for each chunk, an iterator each: Megatron takes from
             every one of them.
         num_microbatches: of this rank.
+        shape: sizes of the micro batches.
 
     Returns:
         [loss sum, tokens] of each micro batch; empty but on the last pipeline stage.
@@ -104,8 +105,8 @@ def run_schedule(
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks,
         num_microbatches=num_microbatches,
-        seq_length=stage.sequence_length,
-        micro_batch_size=stage.micro_batch_size,
+        seq_length=shape.sequence_length,
+        micro_batch_size=shape.micro_batch_size,
         forward_only=forward_only,
     )
 

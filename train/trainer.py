@@ -4,7 +4,7 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from model.gemms import policy_of
 from model.pattern import parse_pattern
 from parallel import wire
 from recipes.schema import Recipe
+from recipes.stages import Place, Shape, Span, pattern, tokens_per_step
 from train.checkpoint import Checkpointer, TrainState
 from train.guards import (
     EXIT_COMPLETE,
@@ -26,7 +27,6 @@ from train.guards import (
 )
 from train.metrics import Reporter
 from train.numerics import Numerics
-from train.optimizer import tokens_per_step, train_steps
 from train.step import Routers, StepResult, reduce_losses, run_schedule
 from train.telemetry import Telemetry
 
@@ -41,8 +41,10 @@ class Trainer:
         data: train and validation batches (`data.batches.Batches`).
         checkpointer: saves and loads the state.
         reporter: where records go.
-        flops_per_token: training FLOPs of one token, for the FLOP/s figure.
+        flops_per_token: training FLOPs of one token, for the FLOP/s figure; at each length of
+            the stage, its own first.
         stop: notes stop signals; None: nothing stops it.
+        place: the stage among those of its run; None: the run has no other.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Trainer:
         data: Any,
         checkpointer: Checkpointer,
         reporter: Reporter,
-        flops_per_token: float,
+        flops_per_token: Sequence[float],
         stop: StopRequest | None = None,
+        place: Place | None = None,
     ) -> None:
         self.recipe = recipe
         self.state = state
@@ -67,15 +70,25 @@ class Trainer:
         self.bad_steps = BadSteps(Path(recipe.run.dir), state.progress.step)
         self.numerics = Numerics(policy_of(recipe), state.chunks, Path(recipe.run.dir))
         self.telemetry = Telemetry(recipe, state.chunks, state.progress.step)
-        self.last_step = train_steps(recipe.stage)
+        self.place = place or Place([Span(recipe)])
+        self.pattern = pattern(recipe.stage)
+        self.last_step = self.place.span.end
         self.mtp_depths = parse_pattern(recipe.model.hybrid_layer_pattern).mtp_depths
-        dp = state.layout["dp"]
-        self.num_microbatches = recipe.stage.global_batch_size // (
-            recipe.stage.micro_batch_size * dp
-        )
         self.wire = wire.install()
         self.gradient_elements = gradient_elements(state.optimizer)
         self._batches: list[Iterator[dict[str, torch.Tensor]]] | None = None
+
+    @property
+    def stage_step(self) -> int:
+        """Steps of the stage that are done."""
+        return self.state.progress.step - self.place.span.first_step
+
+    def _shape(self, stage_step: int) -> Shape:
+        return self.pattern.shapes[self.pattern.at(stage_step)]
+
+    def _num_microbatches(self, shape: Shape) -> int:
+        """Of this rank."""
+        return shape.global_batch_size // (shape.micro_batch_size * self.state.layout["dp"])
 
     def fit(self) -> int:
         """Train to the last step.
@@ -134,18 +147,21 @@ class Trainer:
             return nothing
         state = self.state
         if self._batches is None:
-            self._batches = self._for_chunks(self.data.train_from(state.progress.consumed_samples))
+            self._batches = self._for_chunks(self.data.train_from(state.progress.step))
         biases = self.routers.biases()
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
+        shape = self._shape(self.stage_step)
+        num_microbatches = self._num_microbatches(shape)
         step, tokens = state.progress.step + 1, state.progress.consumed_tokens
+        of_stage = tokens - self.place.span.first_tokens
         self.wire.take()  # what was sent between two steps belongs to neither
-        self.numerics.before_step(tokens)
-        with self.telemetry.watching(step, tokens + tokens_per_step(self.recipe.stage)):
-            reports = self._run(self._batches, self.num_microbatches, forward_only=False)
-        self.numerics.after_step(step, tokens)
-        result = reduce_losses(reports, self.routers, self.mtp_depths, self.num_microbatches)
+        self.numerics.before_step(of_stage)
+        with self.telemetry.watching(step, tokens + tokens_per_step(shape)):
+            reports = self._run(self._batches, shape, forward_only=False)
+        self.numerics.after_step(step, of_stage)
+        result = reduce_losses(reports, self.routers, self.mtp_depths, num_microbatches)
         result.learning_rate = learning_rate
         # Asked before the update, which would write NaN into every weight.
         state.optimizer.prepare_grads()
@@ -162,11 +178,12 @@ class Trainer:
 
     def _advance(self, sign: int = 1) -> None:
         """Move the position by one step (or back)."""
-        progress, stage = self.state.progress, self.recipe.stage
+        progress = self.state.progress
+        shape = self._shape(self.stage_step if sign > 0 else self.stage_step - 1)
         progress.step += sign
-        progress.consumed_samples += sign * stage.global_batch_size
-        progress.consumed_tokens += sign * tokens_per_step(stage)
-        self.state.schedule.step(increment=sign * tokens_per_step(stage))
+        progress.consumed_samples += sign * shape.global_batch_size
+        progress.consumed_tokens += sign * tokens_per_step(shape)
+        self.state.schedule.step(increment=sign * tokens_per_step(shape))
 
     def evaluate(self) -> float | None:
         """Mean loss on the first held-out batches; None if a stop signal came meanwhile."""
@@ -180,7 +197,7 @@ class Trainer:
                 if self.stop.agreed():
                     stopped = True
                     break
-                reports += self._run(batches, self.num_microbatches, forward_only=True)
+                reports += self._run(batches, self.recipe.stage, forward_only=True)
         for chunk in self.state.chunks:
             chunk.train()
         loss = reduce_losses(reports, None, 0, 1).loss
@@ -194,13 +211,12 @@ class Trainer:
     def _run(
         self,
         batches: list[Iterator[dict[str, torch.Tensor]]],
-        num_microbatches: int,
+        shape: Shape,
         forward_only: bool,
     ) -> list[torch.Tensor]:
         """One pass of Megatron's schedule; [loss sum, tokens] of each micro batch."""
-        return run_schedule(
-            self.state.chunks, batches, num_microbatches, self.recipe.stage, forward_only
-        )
+        count = self._num_microbatches(shape)
+        return run_schedule(self.state.chunks, batches, count, shape, forward_only)
 
     def _handle_bad_step(self, result: StepResult) -> str:
         """Note a step that is not finite and do what the recipe says; returns what was done."""
@@ -213,15 +229,13 @@ class Trainer:
             if self.checkpointer.last_saved is None:  # nothing to go back to yet
                 action = "stop"
         writes = dist.get_rank() == 0
-        first = progress.consumed_samples - self.recipe.stage.global_batch_size
-        samples = range(first, progress.consumed_samples)
         bad = BadStep(
             step=progress.step,
-            first_sample=first,
+            first_sample=self.data.first_sample(progress.step),
             loss=str(result.loss),
             grad_norm=str(result.grad_norm),
             action=action,
-            documents=self.data.documents(samples) if writes else [],
+            documents=self.data.documents(progress.step) if writes else [],
         )
         self.bad_steps.add(bad, write=writes)
         self.reporter.say(
@@ -243,7 +257,8 @@ class Trainer:
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         progress = self.state.progress
-        tokens = tokens_per_step(self.recipe.stage)
+        which = self.pattern.at(self.stage_step - 1)
+        tokens = tokens_per_step(self.pattern.shapes[which])
         record: dict[str, Any] = {
             "step": progress.step,
             "loss": result.loss,
@@ -251,7 +266,7 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "tokens": progress.consumed_tokens,
             "tokens_per_second": tokens / seconds,
-            "model_flops_per_second": tokens * self.flops_per_token / seconds,
+            "model_flops_per_second": tokens * self.flops_per_token[which] / seconds,
             "seconds": seconds,
             "mtp_loss": result.mtp_losses,
             "load_balance_loss": result.load_balance_loss,
@@ -262,6 +277,11 @@ class Trainer:
             "memory_gib": _peak_memory_gib(),
             "updated": result.updated,
         }
+        if self.place.staged:
+            record["stage"] = self.place.span.name
+            record["stage_tokens"] = progress.consumed_tokens - self.place.span.first_tokens
+        if self.place.staged or self.recipe.stage.mix:
+            record["sequence_length"] = self.pattern.shapes[which].sequence_length
         experts = self.recipe.model.num_moe_experts
         if self.recipe.logging.expert_load and experts:
             record["expert_load"] = self.routers.expert_load(experts)

@@ -23,6 +23,9 @@ from train.rundir import usable
 _RENDEZVOUS = "STRATA_RENDEZVOUS"
 """Set for ranks started here: the file through which they find each other."""
 
+NEXT_RENDEZVOUS = "STRATA_NEXT_RENDEZVOUS"
+"""Set for the ranks of a later stage: the init_method they agreed on at the end of the last."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -73,6 +76,11 @@ def launched() -> Launch | None:
         ) from error
 
 
+def given_ranks() -> bool:
+    """Whether a launcher started this rank, and not a command of ours."""
+    return launched() is not None and _RENDEZVOUS not in os.environ
+
+
 def _slurm_tasks() -> int:
     """Tasks of this job step. A batch script has SLURM_NTASKS too, without being one of them."""
     env = os.environ
@@ -85,6 +93,8 @@ def _rendezvous() -> str:
     path = os.environ.get(_RENDEZVOUS)
     if path:
         return f"file://{path}"
+    if NEXT_RENDEZVOUS in os.environ:
+        return os.environ[NEXT_RENDEZVOUS]
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(
@@ -109,6 +119,8 @@ def _tasks_of_this_node() -> int:
 def _slurm_rendezvous() -> str:
     """MASTER_ADDR and MASTER_PORT, or the first node of the step and a port from its number."""
     env = os.environ
+    if NEXT_RENDEZVOUS in env:
+        return env[NEXT_RENDEZVOUS]
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     host = env.get("MASTER_ADDR") or first_node(nodes)
     if not host:

@@ -37,14 +37,14 @@ class Text:
         generator = torch.Generator().manual_seed(7)
         self.samples = torch.randint(recipe.model.vocab_size, size, generator=generator)
 
-    def train_from(self, consumed: int) -> Iterator[dict[str, Any]]:
-        return self._from(consumed)
+    def train_from(self, step: int) -> Iterator[dict[str, Any]]:
+        return self._from(step * self.stage.global_batch_size)
 
     def validation(self) -> Iterator[dict[str, Any]]:
         return self._from((STEPS + FURTHER) * self.stage.global_batch_size)
 
-    def fingerprint(self, consumed: int) -> str:
-        return str(consumed)
+    def fingerprint(self, step: int) -> str:
+        return str(step)
 
     def _from(self, first: int) -> Iterator[dict[str, Any]]:
         import torch
@@ -77,7 +77,7 @@ def trainer(recipe: Any, layout: Any, folder: Path) -> Any:
     checkpointer = Checkpointer(
         folder / "checkpoints", CheckpointConfig(), data.fingerprint, lambda message: None
     )
-    return Trainer(recipe, state, routers, data, checkpointer, None, 1.0)  # type: ignore[arg-type]
+    return Trainer(recipe, state, routers, data, checkpointer, None, [1.0])  # type: ignore[arg-type]
 
 
 def train(rank: int, world_size: int, layouts: list[Case], runs: Path) -> list[Any]:

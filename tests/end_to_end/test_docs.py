@@ -31,6 +31,10 @@ ELSEWHERE = {
     'python -m train.generate exported --prompt "def f(" --speculate 2': (
         "tests/end_to_end/test_convert.py"
     ),
+    'python -m train experiment=tiny run.dir=runs/staged "stages.first.stage.train_steps=6" '
+    '"stages.second={optimizer.lr_decay_style: constant, stage.train_steps: 4}"': (
+        "tests/end_to_end/test_stages.py"
+    ),
     "pip install -e '.[gpu]'": "needs a GPU; the names are checked in tests/unit/test_project.py",
 }
 """Commands that are not run here, and why."""

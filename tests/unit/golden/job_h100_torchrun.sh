@@ -52,6 +52,7 @@ inside=()
 #   complete             the last step is done and saved (written by train)
 #   stopped              a guard stopped the run for good, and why (written by train)
 #   checkpoints/latest   the newest whole checkpoint (written by train)
+#   waiting              the next stage needs another number of nodes (written by train)
 #   strikes              failures in a row without a new checkpoint
 #   bad-nodes            nodes that failed a check, and why
 #   slurm/begun          `latest` when the ranks of a start began; gone when that start has ended
@@ -155,6 +156,10 @@ after_the_ranks() { # after_the_ranks EXIT_CODE
     fi
     if [ -e "$run_dir/stopped" ]; then
         finish 4 "stopped: $(cat "$run_dir/stopped")"
+    fi
+    if [ -e "$run_dir/waiting" ]; then
+        rm -f "$run_dir/strikes"
+        finish 0 "$(cat "$run_dir/waiting")"
     fi
     if [ -n "$asked" ]; then
         if [ "$(field Restarts)" -gt "$restart" ]; then
