@@ -1,5 +1,6 @@
 """The corpus that is already there: Python source of installed packages.
 
+A file is a document (`code`), or a whole package is one (`packages`): text for long sequences.
 Tests are left out, exact duplicates dropped, and a cap is shared evenly between packages.
 The bytes change with the installed versions: the manifest says which they were.
 """
@@ -11,6 +12,7 @@ import importlib.util
 import platform
 import sysconfig
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,15 @@ class CodeSource(Source):
         if spec.submodule_search_locations:
             return [Path(p) for p in spec.submodule_search_locations]
         return [Path(spec.origin)] if spec.origin else []
+
+
+class PackageSource(CodeSource):
+    """The same files, each package one long document: its files in path order."""
+
+    def documents(self, files: list[InputFile]) -> Iterator[str]:
+        """The text of each package, as listed."""
+        for _, own in groupby(files, key=lambda file: file.name.partition("/")[0]):
+            yield "\n".join(super().documents(list(own)))
 
 
 def _share(files: dict[str, list[InputFile]], cap_bytes: int) -> dict[str, list[InputFile]]:

@@ -1,8 +1,8 @@
 """Text sources: what a `SourceConfig` reads, as a stream of documents.
 
 `json`, `parquet`, `text` (one document a file) and hub names stream through Hugging Face
-`datasets`; `code` is in data/code_corpus.py. A source reads the same documents in the same order
-each time: restarts rely on it.
+`datasets`; `code` and `packages` are in data/code_corpus.py. A source reads the same documents in
+the same order each time: restarts rely on it.
 """
 
 import glob
@@ -17,6 +17,7 @@ from recipes.errors import ConfigError, DataError
 from recipes.schema import SourceConfig
 
 FILE_KINDS = ("json", "parquet", "text")
+INSTALLED = ("code", "packages")
 _ROWS = 64
 
 
@@ -65,7 +66,7 @@ class Source:
 
     def text_bytes(self, files: list[InputFile]) -> int | None:
         """About the size of the text to come, for the progress bar; None if unknown."""
-        if self.cfg.dataset not in ("text", "code"):
+        if self.cfg.dataset not in ("text", *INSTALLED):
             return None
         total = sum(f.bytes for f in files)
         return total if self.cfg.max_megabytes is None else min(total, self.cap_bytes)
@@ -116,10 +117,10 @@ def open_source(key: str, cfg: SourceConfig) -> Source:
         raise ConfigError(
             f"{key}.max_megabytes={cfg.max_megabytes} must be positive; use null for all"
         )
-    if cfg.dataset == "code":
-        from data.code_corpus import CodeSource
+    if cfg.dataset in INSTALLED:
+        from data.code_corpus import CodeSource, PackageSource
 
-        return CodeSource(key, cfg)
+        return (CodeSource if cfg.dataset == "code" else PackageSource)(key, cfg)
     if cfg.dataset in FILE_KINDS:
         if not cfg.data_files:
             raise ConfigError(
@@ -129,7 +130,7 @@ def open_source(key: str, cfg: SourceConfig) -> Source:
     if cfg.data_files or Path(cfg.dataset).exists():
         raise ConfigError(
             f"{key}.dataset={cfg.dataset} is not a kind of file; for local files use one of "
-            f"{', '.join(FILE_KINDS)} with data_files (or `code`)"
+            f"{', '.join(FILE_KINDS)} with data_files (or `code`, `packages`)"
         )
     return HuggingFaceSource(key, cfg)
 

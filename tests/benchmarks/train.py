@@ -116,7 +116,7 @@ def _compare_steps(recipe: Any, layout: Any, folder: str) -> None:
     reporter = Reporter(Path(folder), recipe.logging, True, {}, 0, 100)
     flops = flops_per_token(recipe.model, recipe.stage.sequence_length)
     no_checkpoints: Any = None
-    trainer = Trainer(recipe, state, routers, data, no_checkpoints, reporter, flops)
+    trainer = Trainer(recipe, state, routers, data, no_checkpoints, reporter, [flops])
     forward_backward, batches = get_forward_backward_func(), data.train_from(0)
 
     def ours() -> None:

@@ -88,6 +88,16 @@ def test_code_is_sorted_deduplicated_and_free_of_tests(packages):
     assert texts == [Path(f.path).read_text() for f in files]
 
 
+def test_a_package_is_one_document_in_path_order(packages):
+    files = source(dataset="code", packages=packages)
+    parts = list(files.documents(files.inputs([])))
+    whole = source(dataset="packages", packages=packages)
+    found = list(whole.documents(whole.inputs([])))
+    assert whole.inputs([]) == files.inputs([])
+    assert len(found) == 2 and found[0].startswith(parts[0])
+    assert "\n".join(parts) == "\n".join(found)
+
+
 def test_code_cap_is_shared_between_packages(packages):
     opened = source(dataset="code", packages=packages, max_megabytes=0.0006)
     names = [f.name for f in opened.inputs([])]
