@@ -167,6 +167,7 @@ def test_checkpoints_move_between_layouts(runs: Path) -> None:
     _check_moves(2, TWO, [[name] for name in names[-1:] + names[:-1]], runs)
 
 
+@pytest.mark.timeout(1800)  # a hundred and more checkpoints are loaded
 @pytest.mark.slow
 def test_checkpoints_move_between_all_layouts(runs: Path) -> None:
     _train_missing(2, TWO, runs)
