@@ -394,6 +394,10 @@ class GuardConfig:
     (load the last checkpoint and skip the offending batch)."""
     max_non_finite: int = 3
     """Stop after so many skips or rollbacks."""
+    progress_timeout_minutes: float | None = None
+    """A rank that takes longer for one micro batch (validation and a checkpoint between two of them
+    included) writes down its stacks and ends the run; null: 0.9 * parallel.timeout_minutes, with
+    one rank no limit."""
 
 
 @dataclass
@@ -521,6 +525,9 @@ class ConvertConfig:
     """Folder to write; the second path given."""
     dtype: str | None = None
     """bf16 or fp32, for all but the FP32 vectors; null: as in the source."""
+    quantize: str | None = None
+    """Of to_hf: a precision policy (nvfp4, ...) whose nvfp4 modules are written with NVFP4 weights,
+    in modelopt's format W4A16_NVFP4; null: none."""
     shard_gigabytes: float = 5.0
     """Size of one file (10^9 bytes)."""
     workers: int = 2

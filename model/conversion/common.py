@@ -93,6 +93,7 @@ def task(direction: str, source: Path, files: Iterable[Path], options: ConvertCo
         "direction": direction,
         "source": source_state(source, files),
         "dtype": options.dtype,
+        "quantize": options.quantize,
         "shard_gigabytes": options.shard_gigabytes,
     }
 

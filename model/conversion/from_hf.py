@@ -31,6 +31,7 @@ from model.conversion.torch_dist import (
     native_shapes,
 )
 from model.conversion.work import Work
+from recipes.rules import fail
 from recipes.schema import ConvertConfig
 
 _FUSED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)$")
@@ -51,6 +52,8 @@ def from_hf(options: ConvertConfig, say: Callable[[str], None]) -> Path:
     """
     started = time.monotonic()
     source, target = check_options(options)
+    if options.quantize is not None:
+        fail("convert.quantize", options.quantize, "is for to_hf", "leave it out")
     model = read_model_config(source)
     reader = SafetensorsReader(source)
     theirs = _Names(reader)

@@ -26,6 +26,8 @@ _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 

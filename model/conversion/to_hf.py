@@ -22,6 +22,7 @@ from model.conversion.common import (
     write_json,
 )
 from model.conversion.config import check_expressible, config_json
+from model.conversion.quantized import Quantizer
 from model.conversion.safetensors_files import INDEX, SINGLE, write_file
 from model.conversion.table import Pair, pairs
 from model.conversion.tokenizer import copy_tokenizer, special_tokens
@@ -65,6 +66,7 @@ def to_hf(options: ConvertConfig) -> Path:
     plan = pairs(model)
     compare(checkpoint, native_shapes(plan), reader.shapes)
     tokenizer = _tokenizer(options, checkpoint, recipe)
+    quantizer = Quantizer(options.quantize, model)
     work = Work(target, task("to_hf", checkpoint, reader.files(), options))
 
     def dtype(pair: Pair) -> torch.dtype:
@@ -73,7 +75,8 @@ def to_hf(options: ConvertConfig) -> Path:
         return wanted_dtype(options) or reader.dtype(pair.native[0].name)
 
     def size(pair: Pair) -> int:
-        return sum(numel(s.shape) for s in pair.hf) * dtype(pair).itemsize
+        written = quantizer.entries(pair, dtype(pair))
+        return sum(numel(shape) * kind.itemsize for _, kind, shape in written)
 
     parts, sizes = cut(plan, size, options.shard_gigabytes)
     files = [_file_name(i, len(parts)) for i in range(len(parts))]
@@ -82,14 +85,19 @@ def to_hf(options: ConvertConfig) -> Path:
         def tensors() -> Iterator[Tensor]:
             for pair in parts[part]:
                 values = pair.to_hf([reader.read(spec) for spec in pair.native])
-                yield from (value.to(dtype(pair)) for value in values)
+                yield from quantizer.tensors(pair, values, dtype(pair))
                 advance(size(pair))
 
-        entries = [(s.name, dtype(pair), s.shape) for pair in parts[part] for s in pair.hf]
+        entries = [e for pair in parts[part] for e in quantizer.entries(pair, dtype(pair))]
         write_file(target / files[part], entries, tensors())
 
     work.run(sizes, write, options.workers, "writing")
-    places = {s.name: files[i] for i, part in enumerate(parts) for p in part for s in p.hf}
+    places = {
+        name: files[i]
+        for i, part in enumerate(parts)
+        for pair in part
+        for name, _, _ in quantizer.entries(pair, dtype(pair))
+    }
     if len(parts) > 1:
         write_json(target / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": places})
     matrices = next(dtype(pair) for pair in plan if not pair.row.fp32)
@@ -98,6 +106,9 @@ def to_hf(options: ConvertConfig) -> Path:
         copy_tokenizer(tokenizer, target)
         config |= special_tokens(tokenizer)
     config |= _former_config(checkpoint)
+    if quantizer:
+        write_json(target / "hf_quant_config.json", quantizer.config(plan))
+        config["quantization_config"] = quantizer.hf_config(plan)
     report(
         target,
         started,
