@@ -1,0 +1,209 @@
+"""What saving costs training, and how fast it writes, beside a plain write of the same bytes.
+
+    python -m tests.benchmarks.save --folder /a/disk/with/room [--state-gb 4] [--rounds 3]
+
+prints one JSON object: for the real state of experiment=small (or another) and for a synthetic one,
+the seconds for which a synchronous and an asynchronous save stop the trainer, the bytes a second
+of the former as a share of a plain write with sync, and what checksums cost saving and loading.
+A synchronous save stops it until the checkpoint is complete; an asynchronous one while the state
+is handed over, and while the finished checkpoint is made the latest.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.convert import drop_caches
+
+
+def real_state(experiment: str) -> Any:
+    """The state of a recipe, with optimizer state in it."""
+    from model.validate import validate_recipe
+    from recipes.compose import load_recipe
+    from train.build import build_state
+
+    recipe = load_recipe([f"experiment={experiment}", "run.dir=unused"])
+    state, _ = build_state(recipe, validate_recipe(recipe, 1))
+    state.optimizer.prepare_grads()
+    state.optimizer.step()  # creates the moments
+    return state
+
+
+def synthetic_state(gigabytes: float) -> dict[str, Any]:
+    """Tensors of 64 MiB as the state dictionary of a model and its optimizer."""
+    import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    rows = 2**12
+    count = max(1, round(gigabytes * 1e9 / (rows * rows * 4)))
+    noise = torch.randn(rows, rows)
+    return {
+        f"w{i}": ShardedTensor.from_rank_offsets(f"w{i}", noise.clone(), replica_id=0)
+        for i in range(count)
+    }
+
+
+def plain_write(file: Path, size: int) -> float:
+    """Seconds of one large write that ends when it is on the disk."""
+    piece = os.urandom(2**26)
+    started = time.perf_counter()
+    with file.open("wb") as stream:
+        for start in range(0, size, len(piece)):
+            stream.write(memoryview(piece)[: size - start])
+        stream.flush()
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - started
+    file.unlink()
+    return seconds
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+class Saves:
+    """Checkpoints of a state, one after the other, in a folder."""
+
+    def __init__(self, folder: Path, state: Any, background: bool) -> None:
+        from recipes.schema import CheckpointConfig
+        from train.checkpoint import Checkpointer
+
+        self.state = state
+        config = CheckpointConfig(async_save=background, keep_last=1)
+        self.checkpointer = Checkpointer(folder, config, lambda n: "no data", print)
+
+    def once(self) -> dict[str, float]:
+        """Save, train meanwhile (wait), and become the latest; seconds of each part."""
+        self.state.progress.step += 1
+        parts = {"hand_over": seconds(lambda: self.checkpointer.save(self.state))}
+        background = self.checkpointer._writer._background
+        started = time.perf_counter()
+        while background is not None and self._writing(background):
+            time.sleep(0.01)
+        parts["background"] = time.perf_counter() - started
+        parts["finish"] = seconds(self.checkpointer.poll)
+        return parts
+
+    @staticmethod
+    def _writing(background: Any) -> bool:
+        calls = background.async_calls
+        process = calls[0].async_caller.process if calls else None
+        return process is not None and process.is_alive()
+
+
+def measure(folder: Path, state: Any, rounds: int) -> dict[str, Any]:
+    """All figures of one state; medians of some rounds."""
+    (folder / "checkpoints").mkdir(parents=True)
+    checkpoints = folder / "checkpoints"
+    sync, background = [Saves(checkpoints, state, b) for b in (False, True)]
+    found: dict[str, list[float]] = {}
+    size = 0
+    for i in range(rounds + 1):
+        one = {"sync": sync.once()["hand_over"]}
+        files = list((checkpoints / f"iter_{state.progress.step:07d}").iterdir())
+        size = sum(f.stat().st_size for f in files)
+        one["checksums"] = seconds(lambda: _hash(files))  # noqa: B023
+        drop_caches(files[0].parent)
+        one["checksums_from_disk"] = seconds(lambda: _hash(files))  # noqa: B023
+        drop_caches(files[0].parent)
+        one["load"] = seconds(lambda: sync.checkpointer.load(state)) if i else 0.0
+        parts = background.once()
+        one["async"] = parts["hand_over"] + parts["finish"]
+        one |= {f"async_{name}": value for name, value in parts.items()}
+        one["plain"] = plain_write(folder / "plain", size)
+        if i:  # the first one warms up
+            for name, value in one.items():
+                found.setdefault(name, []).append(value)
+    background.checkpointer.close()
+    result: dict[str, Any] = {name: round(median(values), 4) for name, values in found.items()}
+    return {
+        "gigabytes": round(size / 1e9, 3),
+        "async_stall_of_sync": round(result["async"] / result["sync"], 3),
+        "write_of_plain": round(result["plain"] / result["sync"], 3),
+        "checksums_of_load": round(result["checksums_from_disk"] / result["load"], 3),
+        "seconds": result,
+    }
+
+
+def _hash(files: list[Path]) -> None:
+    from train.checksums import sum_of
+
+    for file in files:
+        sum_of(file)
+
+
+class Synthetic:
+    """Stands where a TrainState does, for a state that is only tensors."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        from train.checkpoint import Progress
+
+        self.tensors, self.progress, self.layout = tensors, Progress(), {"dp": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.save")
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure")
+    parser.add_argument("--experiment", default="small")
+    parser.add_argument("--state-gb", type=float, default=4.0, help="of the synthetic state")
+    parser.add_argument("--rounds", type=int, default=3)
+    chosen = parser.parse_args()
+    from model.backends import install_backends
+
+    install_backends("host")
+    from parallel.groups import one_rank
+
+    root: Path = chosen.folder / "save_benchmark"
+    shutil.rmtree(root, ignore_errors=True)
+    result: dict[str, Any] = {}
+    try:
+        with one_rank():
+            state = real_state(chosen.experiment)
+            result[chosen.experiment] = measure(root / "real", state, chosen.rounds)
+            del state
+            shutil.rmtree(root)
+            result["synthetic"] = measure_synthetic(root / "synthetic", chosen)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    print(json.dumps(result, indent=1))
+
+
+def measure_synthetic(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The same code, with another state dictionary."""
+    from unittest import mock
+
+    from train import checkpoint
+
+    state = Synthetic(synthetic_state(chosen.state_gb))
+
+    def state_dict(state: Synthetic, loading: bool) -> dict[str, Any]:
+        return dict(state.tensors)
+
+    with (
+        mock.patch.object(checkpoint, "_state_dict", state_dict),
+        mock.patch.object(checkpoint.Checkpointer, "load", _load_synthetic),
+    ):
+        return measure(folder, state, chosen.rounds)
+
+
+def _load_synthetic(checkpointer: Any, state: Synthetic) -> None:
+    """What loading does to any state: checksums, then tensors."""
+    from megatron.core import dist_checkpointing
+
+    from train.checksums import damage
+
+    path = checkpointer.folder / f"iter_{state.progress.step:07d}"
+    assert damage(path) is None
+    dist_checkpointing.load(dict(state.tensors), str(path))
+
+
+if __name__ == "__main__":
+    main()
