@@ -5,6 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from recipes.errors import on_every_rank
+
 
 def on_first_rank[T](action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and give its result, or its exception, to every rank.
@@ -22,7 +24,8 @@ def on_first_rank[T](action: Callable[[], T]) -> T:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise outcome[1]
+        with on_every_rank():
+            raise outcome[1]
     return outcome[0]
 
 
@@ -35,4 +38,5 @@ def raise_together(error: Exception | None) -> None:
     dist.all_gather_object(errors, error)
     for first in errors:
         if first is not None:
-            raise first
+            with on_every_rank():
+                raise first

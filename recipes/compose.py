@@ -6,6 +6,7 @@ turned into one sentence that names the nearest valid key.
 
 import contextlib
 import itertools
+import os
 import re
 import sys
 import traceback
@@ -22,7 +23,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from recipes.errors import ConfigError, StrataError
+from recipes.errors import ConfigError, StrataError, on_every_rank
 from recipes.keys import describe_keys, nearest, plain_key, valid_keys
 from recipes.schema import Recipe
 from recipes.stage_keys import check_entry, differences, split_entry
@@ -224,8 +225,9 @@ def run_cli(
     point, and reads the others from sys.argv (see `points`). Without `all_stages`, `main` looks at
     one stage: of a recipe with several it gets the first, which is said.
 
-    A StrataError is printed as one message and exits with its code, 2; `traceback=true` shows where
-    it came from. Ctrl-C exits with 130, unless `main` handles it.
+    A StrataError is printed as one message (by rank 0 alone if every rank raises it) and exits with
+    its code, 2; `traceback=true` shows where it came from. Ctrl-C exits with 130, unless `main`
+    handles it.
     """
     arguments = sys.argv[1:]
     if any(a in ("-h", "--help") for a in arguments):
@@ -248,7 +250,8 @@ def run_cli(
             )
         if set(MULTIRUN) & set(arguments):
             overrides = next(iter(points(overrides).values()))
-        recipe = load_recipe(overrides, config_dir)
+        with on_every_rank():
+            recipe = load_recipe(overrides, config_dir)
         if show:
             print(to_yaml(recipe), end="")
             raise SystemExit(0)
@@ -263,11 +266,18 @@ def run_cli(
     except StrataError as error:
         if any(a.lower() == "traceback=true" for a in overrides):
             traceback.print_exc()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if not (error.on_every_rank and _rank()):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what was saved", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _rank() -> int:
+    """This process's number among those a launcher started."""
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(number) if number.isdigit() else 0
 
 
 def _roots(config_dir: Path | None) -> list[Path]:

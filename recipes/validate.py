@@ -18,6 +18,7 @@ from recipes.schema import (
     LengthConfig,
     LoggingConfig,
     OptimizerConfig,
+    ParallelConfig,
     PrecisionConfig,
     PrecisionSwitch,
     Recipe,
@@ -50,7 +51,7 @@ def validate_run(recipe: Recipe, whole_schedule: bool = True) -> None:
     if whole_schedule:
         _schedule(recipe.optimizer, stage_tokens(recipe.stage))
     _checkpoint(recipe.checkpoint)
-    _guard(recipe.guard, recipe.checkpoint)
+    _guard(recipe.guard, recipe.checkpoint, recipe.parallel)
     _logging(recipe.logging)
     _compare(recipe.compare)
     _sensitivity(recipe.sensitivity)
@@ -255,7 +256,7 @@ def _checkpoint(checkpoint: CheckpointConfig) -> None:
         )
 
 
-def _guard(guard: GuardConfig, checkpoint: CheckpointConfig) -> None:
+def _guard(guard: GuardConfig, checkpoint: CheckpointConfig, parallel: ParallelConfig) -> None:
     one_of("guard.non_finite", guard.non_finite, ("stop", "skip", "rollback"))
     at_least("guard.max_non_finite", guard.max_non_finite, 1)
     if guard.non_finite == "rollback" and checkpoint.save_interval is None:
@@ -265,6 +266,18 @@ def _guard(guard: GuardConfig, checkpoint: CheckpointConfig) -> None:
             "has nothing to go back to while checkpoint.save_interval=null",
             "set checkpoint.save_interval, or use stop or skip",
         )
+    limit = guard.progress_timeout_minutes
+    if limit is not None:
+        above("guard.progress_timeout_minutes", limit, 0)
+        if limit >= parallel.timeout_minutes:
+            fail(
+                "guard.progress_timeout_minutes",
+                limit,
+                "is not less than "
+                f"parallel.timeout_minutes={show(parallel.timeout_minutes)}, after which "
+                "collectives end the run before the stacks are written",
+                "raise parallel.timeout_minutes",
+            )
 
 
 def _logging(logging: LoggingConfig) -> None:

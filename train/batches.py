@@ -3,17 +3,20 @@
 import hashlib
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipes.errors import ConfigError
-from recipes.schema import Recipe
+from data.manifest import path_with
+from recipes.errors import ConfigError, DataError
+from recipes.schema import DataConfig, Recipe
 from recipes.stages import Place, Shape, Span, pattern, readings, train_steps
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
+_SUFFIXES = (".bin", ".idx")
 _PROBES = 8
 """Samples hashed to tell whether the data order is still the one of the checkpoint."""
 
@@ -85,6 +88,7 @@ class Batches:
             *validation,
         )
         self._train = [train]
+        self._file_sizes = _file_sizes(recipe.data)
 
     @property
     def has_validation(self) -> bool:
@@ -95,6 +99,26 @@ class Batches:
     def last_step(self) -> int:
         """Steps of the run when the stage is done."""
         return self._place.span.first_step + self._steps
+
+    def damage(self) -> DataError | None:
+        """What has become of the data's files since the run began: gone or cut, if anything.
+
+        They are mapped into memory: to read where one was cut off would kill this rank.
+        """
+        for path, size in self._file_sizes.items():
+            try:
+                now = path.stat().st_size
+            except OSError as error:
+                reason = error.strerror or str(error)
+            else:
+                if now == size:
+                    continue
+                reason = f"has {now} bytes, not the {size} it had when the run began"
+            return DataError(
+                f"{path}: {reason}; put the file back, and the same command goes on from the "
+                "last checkpoint"
+            )
+        return None
 
     def train_from(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Micro-batches of the steps that follow so many steps of the run, on the model's
@@ -194,6 +218,11 @@ class Batches:
                 batch, is_hybrid_cp=False, cp_group=ranks, use_per_sequence_balancing=True
             )
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
+
+
+def _file_sizes(data: DataConfig) -> dict[Path, int]:
+    paths = (path_with(e.path, s) for e in (*data.train, *data.validation) for s in _SUFFIXES)
+    return {path: path.stat().st_size for path in paths}
 
 
 def packed_documents(batch: dict[str, torch.Tensor]) -> "PackedSeqParams | None":

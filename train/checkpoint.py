@@ -16,18 +16,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.files import sync
+from data.files import sha256_file, sha256_json, sync
 from data.ranks import on_first_rank
 from precision.backend import rounding_state, set_rounding_state
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
 from recipes.stages import Place
+from train.checksums import SUMS, damage, write_sums
 from train.guards import write_atomically
 from train.writing import Writer
 
 META = "meta.json"
 LATEST = "latest"
 _RNG = "rng_state"
+_OWN, _LISTED = "sha256", "integrity_sha256"
+"""Fields of meta.json: the checksum of the other fields, and that of the list of checksums."""
+_BEFORE = {"progress", "layout", "data"}
+"""The fields of a meta.json written when it had no checksum."""
 
 
 @dataclass
@@ -92,6 +97,7 @@ class Checkpointer:
         self.last_saved: int | None = None
         """Step of the newest complete checkpoint; call `wait` first if one is being written."""
         self._writer = Writer(folder.parent)
+        self._strategy: Any = None
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of the current step; in the background if so configured.
@@ -102,6 +108,9 @@ class Checkpointer:
                 or `wait`.
         """
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies.torch import (
+            TorchDistSaveShardedStrategy,
+        )
 
         self.wait()
         path = self.folder / f"iter_{state.progress.step:07d}"
@@ -114,15 +123,21 @@ class Checkpointer:
             meta["stage"] = self._stage_at(state.progress.step)
         with self._writer.explained():
             on_first_rank(lambda: _clear(path))
+        first = self._strategy is None
+        if first:
+            # Plans once what each rank writes where: a run's state keeps its structure.
+            self._strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
         request = dist_checkpointing.save(
             _state_dict(state, loading=False),
             str(path),
+            self._strategy,
+            # That every piece of every tensor is written once does not change either.
+            validate_access_integrity=first,
             # Asked for in either case: Megatron's own synchronous save leaves the other ranks
             # waiting when one cannot write.
             async_sharded_save=True,
             async_strategy="mcore",
             content_metadata=_content_metadata(),
-            verify_integrity=True,
         )
         assert request is not None
         request.finalize_fns.append(lambda: self._finish(path, meta))
@@ -175,11 +190,13 @@ class Checkpointer:
         found: list[list[str] | CheckpointError] = [[]]
         if dist.get_rank() == 0:
             latest = self.folder / LATEST
+            complete = sorted(p.parent.name for p in self.folder.glob(f"iter_*/{META}"))
             if latest.exists():
-                name = latest.read_text().strip()
-                complete = sorted(p.parent.name for p in self.folder.glob(f"iter_*/{META}"))
-                older = [n for n in complete if n < name]
+                name = latest.read_text(errors="replace").strip() or "(nothing)"
+                older = [n for n in complete if n < name or not name.startswith("iter_")]
                 found = [[name, *reversed(older)]]
+            elif complete:  # killed just before the first one was named
+                found = [complete[::-1]]
         dist.broadcast_object_list(found, src=0)
         assert isinstance(found[0], list)
         return [self.folder / name for name in found[0]]
@@ -189,8 +206,10 @@ class Checkpointer:
         from megatron.core.dist_checkpointing.validation import StrictHandling
         from megatron.core.utils import unwrap_model
 
-        meta = _read_meta(path)
-        _verify(path)
+        meta = on_first_rank(lambda: _read_meta(path))
+        wrong = damage(path)
+        if wrong is not None:
+            raise _Damaged(wrong)
         self._check_stage(path, meta)
         if meta["data"] != self.data_fingerprint(meta["progress"]["step"]):
             raise CheckpointError(
@@ -265,9 +284,10 @@ class Checkpointer:
         """Mark the checkpoint complete, move `latest`, drop what retention does not keep."""
 
         def publish() -> None:
+            write_sums(path, self._writer.sums)
             for file in path.iterdir():
                 sync(file)
-            write_atomically(path / META, json.dumps(meta, indent=1) + "\n")
+            write_meta(path, meta)
             sync(self.folder)
             write_atomically(self.folder / LATEST, path.name + "\n")
             self._retain(path.name)
@@ -309,32 +329,36 @@ class _Damaged(Exception):
     """A checkpoint whose files are missing, cut or changed."""
 
 
+def write_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Mark a checkpoint complete. Its own checksum and that of the list of checksums are in it."""
+    whole = meta | {_LISTED: sha256_file(path / SUMS)}
+    text = json.dumps(whole | {_OWN: sha256_json(whole)}, indent=1)
+    write_atomically(path / META, text + "\n")
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
+    """What `write_meta` wrote.
+
+    Raises:
+        _Damaged: it, or the list of checksums, is missing or changed.
+    """
+    if not (path.is_dir() and path.name.startswith("iter_")):
+        raise _Damaged(f"{LATEST} names it, and there is no such checkpoint")
     try:
-        return json.loads((path / META).read_text())
-    except (OSError, ValueError) as error:
-        raise _Damaged(f"{META}: {error}") from error
-
-
-def _verify(path: Path) -> None:
-    """Compare every file with the checksums written at save time. All ranks decide alike."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
-
-    # Megatron broadcasts what it finds, but not that the list of checksums cannot be read.
-    unreadable: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            json.loads((path / "integrity.json").read_text())
-        except (OSError, ValueError) as error:
-            unreadable = [f"integrity.json: {error}"]
-    dist.broadcast_object_list(unreadable, src=0)
-    if unreadable[0] is not None:
-        raise _Damaged(unreadable[0])
-    try:
-        verify_integrity_manifest(str(path))
-    except CheckpointingException as error:
-        raise _Damaged(" ".join(str(error).split())) from error
+        meta: dict[str, Any] = json.loads((path / META).read_text())
+        own, listed = meta.pop(_OWN, None), meta.get(_LISTED)
+        changed = (
+            own != sha256_json(meta) if own or listed or set(meta) - {"stage"} != _BEFORE else False
+        )
+    except OSError as error:
+        raise _Damaged(f"{META}: {error.strerror or error}") from error
+    except (ValueError, AttributeError) as error:
+        raise _Damaged(f"{META} is not as it was saved ({error})") from error
+    if changed:
+        raise _Damaged(f"{META} is not as it was saved: its SHA-256 differs")
+    if listed and (not (path / SUMS).exists() or sha256_file(path / SUMS) != listed):
+        raise _Damaged(f"{SUMS} is missing or not as it was saved")
+    return meta
 
 
 def _content_metadata() -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from data.files import sync
-from recipes.errors import PrecisionError
+from data.ranks import raise_together
+from recipes.errors import LostRankError, PrecisionError, StrataError
 
 EXIT_COMPLETE = 0
 """The run reached its last step."""
@@ -24,8 +25,14 @@ EXIT_STOPPED = 3
 EXIT_NON_FINITE = 4
 """Loss or gradient was not finite and the recipe says stop (or too often)."""
 
+EXIT_LOST_RANK = LostRankError.exit_code
+"""A rank was killed, hung or cut off, and all ranks have ended; the same command goes on."""
+
 EXIT_PRECISION = PrecisionError.exit_code
 """A module computed in another format than the precision policy's."""
+
+_CANNOT_GO_ON = 1000
+"""Among the numbers of signals, and above all of them."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -38,6 +45,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.error: StrataError | None = None
+        """Why this rank cannot go on; `agreed` raises it on every rank."""
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -50,13 +59,20 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop. A collective: every rank must call it."""
+        """Whether any rank was asked to stop. A collective: every rank must call it.
+
+        Raises:
+            StrataError: a rank cannot go on.
+        """
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor([self.signal or 0], device=torch.cuda.current_device())
+        own = _CANNOT_GO_ON if self.error else self.signal or 0
+        flag = torch.tensor([own], device=torch.cuda.current_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         number = int(flag.item())
+        if number == _CANNOT_GO_ON:
+            raise_together(self.error)
         if number:  # else one may have been noted meanwhile: the next call tells the others
             self.signal = number
         return number != 0

@@ -11,12 +11,13 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.errors import StrataError
+from recipes.errors import StrataError, on_every_rank
 from recipes.rules import fail
 from recipes.schema import Recipe
 from recipes.stages import Place, Span, pattern
 from train import rundir
 from train.guards import EXIT_COMPLETE, EXIT_STOPPED, StopRequest
+from train.lock import RunLock
 from train.world import check_world, joined_world, launched, start_ranks
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def in_world(recipe: Recipe, job: Job) -> int:
     if recipe.dry_run:
         fail("dry_run", True, "is for python -m slurm.submit", "leave it out to train")
     launch = launched()
-    layout = validate_recipe(recipe, launch.world_size if launch else None)
-    check_world(layout.world_size, launch)
+    with on_every_rank():
+        layout = validate_recipe(recipe, launch.world_size if launch else None)
+        check_world(layout.world_size, launch)
     if launch is None and layout.world_size > 1:
         return start_ranks(layout.world_size, Path(recipe.run.dir))
 
@@ -99,7 +101,7 @@ def train(
     from data.ranks import on_first_rank
     from train.batches import Batches, check_data, missing_data
 
-    folder, rank = Path(recipe.run.dir), dist.get_rank()
+    folder, rank, lock = Path(recipe.run.dir), dist.get_rank(), RunLock(Path(recipe.run.dir))
     changes = on_first_rank(lambda: rundir.check(whole))
     if rank == 0:
         print(backends, *(f"changed: {c}" for c in changes), sep="\n", flush=True)
@@ -109,14 +111,23 @@ def train(
         for span in place.spans[place.index + 1 :]:
             for path in missing_data(span.recipe):
                 print(f"stages.{span.name} will need {path}, which is not there yet", flush=True)
-    on_first_rank(lambda: rundir.prepare(whole, backends))
-    with rundir.usable(folder):
-        messages.setTarget(log_file(folder, rank))
-        messages.flush()
-    with StopRequest().listening() as stop:
-        data = Batches(recipe, layout.dp, place)
+    # Less than the other ranks wait for.
+    patience = 0.8 * 60 * recipe.parallel.timeout_minutes
+    try:
         with rundir.usable(folder):
-            return _train(recipe, place or Place([Span(recipe)]), layout, data, stop)
+            warning = on_first_rank(lambda: lock.take(patience))
+        on_first_rank(lambda: rundir.prepare(whole, backends))
+        if warning and rank == 0:
+            print(warning, flush=True)
+        with rundir.usable(folder):
+            messages.setTarget(log_file(folder, rank))
+            messages.flush()
+        with StopRequest().listening() as stop:
+            data = Batches(recipe, layout.dp, place)
+            with rundir.usable(folder):
+                return _train(recipe, place or Place([Span(recipe)]), layout, data, stop)
+    finally:
+        lock.release()
 
 
 def _train(
@@ -131,6 +142,7 @@ def _train(
     from train.identity import write_identity
     from train.metrics import Reporter
     from train.trainer import Trainer
+    from train.watchdog import Watchdog, progress_limit
     from train.weights import load_weights
 
     folder, first = Path(recipe.run.dir), dist.get_rank() == 0
@@ -163,9 +175,22 @@ def _train(
         reporter.say(message)
     shapes = pattern(recipe.stage).shapes
     flops = [flops_per_token(recipe.model, shape.sequence_length) for shape in shapes]
-    trainer = Trainer(recipe, state, routers, data, checkpointer, reporter, flops, stop, place)
+    limit = progress_limit(recipe, dist.get_world_size())
     try:
-        code = trainer.fit()
+        with Watchdog(limit, folder / "logs", dist.get_rank()) as watchdog:
+            trainer = Trainer(
+                recipe,
+                state,
+                routers,
+                data,
+                checkpointer,
+                reporter,
+                flops,
+                stop,
+                place,
+                watchdog.beat,
+            )
+            code = trainer.fit()
         if code == EXIT_COMPLETE and place.following is not None and stop.agreed():
             code = EXIT_STOPPED
     finally:

@@ -4,7 +4,7 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Trainer:
             the stage, its own first.
         stop: notes stop signals; None: nothing stops it.
         place: the stage among those of its run; None: the run has no other.
+        beat: called with the step's number for every micro batch; None: nobody watches.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Trainer:
         flops_per_token: Sequence[float],
         stop: StopRequest | None = None,
         place: Place | None = None,
+        beat: Callable[[int], None] | None = None,
     ) -> None:
         self.recipe = recipe
         self.state = state
@@ -67,6 +69,7 @@ class Trainer:
         self.reporter = reporter
         self.flops_per_token = flops_per_token
         self.stop = stop or StopRequest()
+        self.beat = beat or (lambda step: None)
         self.bad_steps = BadSteps(Path(recipe.run.dir), state.progress.step)
         self.numerics = Numerics(policy_of(recipe), state.chunks, Path(recipe.run.dir))
         self.telemetry = Telemetry(recipe, state.chunks, state.progress.step)
@@ -107,6 +110,7 @@ class Trainer:
     def _loop(self) -> int:
         stage, checkpoint = self.recipe.stage, self.recipe.checkpoint
         while self.state.progress.step < self.last_step:
+            self.stop.error = self.data.damage()
             if self.stop.agreed():
                 return EXIT_STOPPED
             started = time.perf_counter()
@@ -206,7 +210,12 @@ class Trainer:
     def _for_chunks(self, batches: Iterator[Any]) -> list[Iterator[Any]]:
         """An iterator for each model chunk: every one of them asks for every micro batch, at
         times of its own."""
-        return list(itertools.tee(batches, len(self.state.chunks)))
+        return list(itertools.tee(self._watched(batches), len(self.state.chunks)))
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.beat(self.state.progress.step + 1)
+            yield batch
 
     def _run(
         self,

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.backends import Backends
-from recipes.errors import ConfigError
+from recipes.errors import ConfigError, LostRankError
 from recipes.schema import Recipe
 from train.guards import STOP_SIGNALS
+from train.lost import GOES_ON, failures_told
 from train.rundir import usable
 
 _RENDEZVOUS = "STRATA_RENDEZVOUS"
 """Set for ranks started here: the file through which they find each other."""
+_FATE = "killed"
+"""File beside it in which the starter says which rank was killed."""
 
 NEXT_RENDEZVOUS = "STRATA_NEXT_RENDEZVOUS"
 """Set for the ranks of a later stage: the init_method they agreed on at the end of the last."""
@@ -149,7 +152,7 @@ def start_ranks(world_size: int, run_dir: Path) -> int:
     end by themselves and are then killed.
 
     Returns:
-        The exit code of rank 0, or of the first rank that failed if rank 0 did not.
+        The exit code of rank 0, or of the first rank that failed if rank 0 did not end by itself.
 
     Raises:
         ConfigError: run_dir cannot be written.
@@ -181,7 +184,7 @@ def start_ranks(world_size: int, run_dir: Path) -> int:
             )
             ranks.append(process)
         with _passing_on(ranks):
-            return _wait(ranks)
+            return _wait(ranks, Path(folder) / _FATE, logs)
 
 
 def end_with_parent() -> None:
@@ -208,22 +211,44 @@ def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], grace_seconds: float = 10.0) -> int:
-    first = 0
+def _wait(
+    ranks: list[subprocess.Popen[bytes]], fate: Path, logs: Path, grace_seconds: float = 10.0
+) -> int:
+    failed: int | None = None
     deadline = float("inf")
     while any(p.poll() is None for p in ranks):
-        if first == 0:
-            first = next((p.returncode for p in ranks if p.returncode), 0)
-            if first:
+        if failed is None:
+            failed = _first_failed(ranks)
+            if failed is not None:
                 deadline = time.monotonic() + grace_seconds
+                if ranks[failed].returncode < 0:
+                    fate.write_text(_ended(failed, ranks[failed].returncode))
         if time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
         time.sleep(0.05)
-    first = first or next((p.returncode for p in ranks if p.returncode), 0)
+    failed = _first_failed(ranks) if failed is None else failed
     # Rank 0 says what was wrong; the others may only have lost their connection to it.
     told = ranks[0].returncode
-    return told if told and told != -signal.SIGKILL else first
+    if failed is None or told > 0:
+        return told
+    text = _ended(failed, ranks[failed].returncode)
+    if failed != 0 and told == -signal.SIGKILL:
+        text += ", rank 0 did not end by itself"
+    print(f"{LostRankError.__name__}: {text}; see {logs}; {GOES_ON}", file=sys.stderr)
+    return max(ranks[failed].returncode, 0) or LostRankError.exit_code
+
+
+def _first_failed(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """One that was killed, if there is one: what it broke fails at the same time."""
+    bad = [rank for rank, process in enumerate(ranks) if process.poll()]
+    return min(bad, key=lambda rank: (ranks[rank].returncode > 0, rank), default=None)
+
+
+def _ended(rank: int, code: int) -> str:
+    if code > 0:
+        return f"rank {rank} ended with exit code {code}"
+    return f"rank {rank} was ended by {signal.Signals(-code).name}"
 
 
 @contextlib.contextmanager
@@ -234,6 +259,7 @@ def joined_world(
 
     Raises:
         ConfigError: the launched ranks do not fit the recipe's layout.
+        StrataError: another rank failed inside; see train.lost.
     """
     import torch
     import torch.distributed as dist
@@ -246,21 +272,23 @@ def joined_world(
     elif launch is not None:
         torch.cuda.set_device(launch.local_rank)
     timeout = datetime.timedelta(minutes=recipe.parallel.timeout_minutes)
-    if launch is None:
-        dist.init_process_group(
-            backends.collectives, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    else:
-        dist.init_process_group(
-            backends.collectives,
-            init_method=launch.rendezvous,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-        )
+    rank, size = (launch.rank, launch.world_size) if launch else (0, 1)
+    store: dist.Store = dist.HashStore()
+    if launch is not None:
+        store, _, _ = next(dist.rendezvous(launch.rendezvous, rank, size, timeout=timeout))
+    dist.init_process_group(
+        backends.collectives,
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
+    started_here = os.environ.get(_RENDEZVOUS)
+    fate = Path(started_here).with_name(_FATE) if started_here else None
     try:
         initialize_groups(recipe.parallel, recipe.run.seed, virtual_stages)
-        yield
+        with failures_told(store, rank, fate, Path(recipe.run.dir) / "logs"):
+            yield
     finally:
         destroy_groups()
 

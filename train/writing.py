@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import pickle
@@ -9,12 +10,17 @@ import queue
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from data.ranks import raise_together
 from recipes.errors import CheckpointError
+from train.checksums import Following, Sum
 from train.rundir import unusable
+from train.world import end_with_parent
 
 _MEGATRON = "megatron.core.dist_checkpointing.strategies"
 _FULL = 2**20
@@ -53,6 +59,16 @@ class Mailbox:
         return pickle.loads(data)
 
 
+@dataclass
+class _Report:
+    """What became of a write."""
+
+    reasons: list[str] = field(default_factory=list)
+    """Why it failed; empty: it did not."""
+    sums: dict[str, Sum] = field(default_factory=dict)
+    """Of the files written."""
+
+
 class Writer:
     """Runs Megatron's save requests, one at a time, and explains why one failed.
 
@@ -71,7 +87,9 @@ class Writer:
         # (seconds, half a GiB) and outlives a killed run.
         filesystem_async._results_queue = Mailbox()
         self._run_dir = run_dir
-        self._reasons = Mailbox()
+        self._reports = Mailbox()
+        self.sums: dict[str, Sum] = {}
+        """Of the files that all ranks have written, for the finalisers of a request."""
         self._path = run_dir
         self._background: Any = None
 
@@ -84,10 +102,10 @@ class Writer:
         """
         self._path = path
         if request.async_fn is None:
-            self._reasons.put([])
+            self._reports.put(_Report())
         else:
             request = request._replace(
-                async_fn=_Telling(request.async_fn, self._reasons),
+                async_fn=_Telling(request.async_fn, self._reports),
             )
         request.finalize_fns.insert(0, self._check)
         with self.explained():
@@ -123,19 +141,23 @@ class Writer:
     def _check(self) -> None:
         """First of the finalisers: every rank has written, or every rank raises."""
         try:
-            reasons = self._reasons.get_nowait()
+            report = self._reports.get_nowait()
         except queue.Empty:
-            reasons = ["the process that wrote it died"]
+            report = _Report(["the process that wrote it died"])
         error = None
-        if reasons:
-            number = re.search(r"\[Errno (\d+)\]", reasons[0])
+        if report.reasons:
+            reason = report.reasons[0]
+            number = re.search(r"\[Errno (\d+)\]", reason)
             known = OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-            error = self._failed(known or self._reason(RuntimeError(reasons[0])) or reasons[0])
+            error = self._failed(known or self._reason(RuntimeError(reason)) or reason)
         try:
             raise_together(error)
         except CheckpointError:
             shutil.rmtree(self._path, ignore_errors=True)  # half a checkpoint fills the disk
             raise
+        shares: list[dict[str, Sum]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, report.sums)
+        self.sums = {name: one for share in shares for name, one in share.items()}
 
     def _failed(self, reason: OSError | str) -> CheckpointError:
         if isinstance(reason, OSError):
@@ -156,24 +178,39 @@ class Writer:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
             self._background = AsyncCallsQueue()
+            # A fork collects garbage first, a large part of the stall of a small model. What
+            # exists by now lives as long as the run, and is passed over from here on.
+            gc.collect()
+            gc.freeze()
         return self._background
 
 
 class _Telling:
-    """Calls Megatron's write function and puts the reasons of its failure into a mailbox.
+    """Calls Megatron's write function and puts into a mailbox why it failed, or what it wrote.
 
     Megatron's writer logs the reason, then raises another error, or returns.
     """
 
-    def __init__(self, write: Callable[..., None], reasons: Mailbox) -> None:
-        self._write, self._reasons, self._trainer = write, reasons, os.getpid()
+    def __init__(self, write: Callable[..., None], reports: Mailbox) -> None:
+        self._write, self._reports, self._trainer = write, reports, os.getpid()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, rank: int, buckets: list[Any], results: Any) -> None:
+        """With the arguments of Megatron's: buckets are (path, name, data) of a file each."""
+        files = Following([Path(bucket[0]) for bucket in buckets])
+        report = _Report()
         collector = _Collector(logging.ERROR)
         logger = logging.getLogger(f"{_MEGATRON}.filesystem_async")
         logger.addHandler(collector)
+        if os.getpid() != self._trainer:
+            # One that outlives its trainer would write into what the next start writes.
+            end_with_parent()
+            if os.getppid() != self._trainer:
+                os._exit(1)
         try:
-            self._write(*args, **kwargs)
+            with files.following():
+                self._write(rank, buckets, results)
+            if not collector.texts:
+                report.sums = files.sums()
         except Exception as error:  # raised again on every rank, by the first finaliser
             collector.texts.append(f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:
@@ -182,7 +219,8 @@ class _Telling:
             os._exit(130)  # the trainer was interrupted too, and says so
         finally:
             logger.removeHandler(collector)
-        self._reasons.put(collector.texts)
+        report.reasons = collector.texts
+        self._reports.put(report)
 
 
 class _Collector(logging.Handler):

@@ -123,5 +123,6 @@ def test_the_checkpoint_of_one_precision_knows_the_data_of_another(
 
     one, other = Batches(recipes["bf16"], dp=1), Batches(recipes[precision], dp=2)
     for step in range(STEPS + 1):
-        assert one.fingerprint(step * BATCH) == other.fingerprint(step * BATCH)
-    assert one.documents(range(STEPS * BATCH)) == other.documents(range(STEPS * BATCH))
+        assert one.fingerprint(step) == other.fingerprint(step)
+        if step:
+            assert one.documents(step) == other.documents(step)

@@ -94,6 +94,11 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     # layout
     ([f"{TP}=0"], [f"{TP}=0", "use 1 or more"]),
     (["parallel.timeout_minutes=0"], ["timeout_minutes=0", "use a number above 0"]),
+    (["guard.progress_timeout_minutes=0"], ["timeout_minutes=0", "use a number above 0"]),
+    (
+        ["guard.progress_timeout_minutes=10"],
+        ["progress_timeout_minutes=10", "parallel.timeout_minutes=10", "raise"],
+    ),
     ([f"{TP}=4"], [f"{TP}=4", "mamba_num_groups=2", "use 1 or 2"]),
     (
         [f"{TP}=3", "model.mamba_num_groups=3", "model.mamba_num_heads=9"],
