@@ -10,7 +10,7 @@ import torch
 
 from data.manifest import path_with
 from recipes.errors import ConfigError, DataError
-from recipes.schema import DataConfig, Recipe
+from recipes.schema import Recipe
 from recipes.stages import Place, Shape, Span, pattern, readings, train_steps
 
 if TYPE_CHECKING:
@@ -79,16 +79,16 @@ class Batches:
             self._validation = build_validation(
                 recipe.data, stage.sequence_length, recipe.run.seed, *validation
             )
-            return
-        train, self._validation = build_datasets(
-            recipe.data,
-            stage.sequence_length,
-            recipe.run.seed,
-            self._steps * stage.global_batch_size,
-            *validation,
-        )
-        self._train = [train]
-        self._file_sizes = _file_sizes(recipe.data)
+        else:
+            train, self._validation = build_datasets(
+                recipe.data,
+                stage.sequence_length,
+                recipe.run.seed,
+                self._steps * stage.global_batch_size,
+                *validation,
+            )
+            self._train = [train]
+        self._file_sizes = _file_sizes(recipe)
 
     @property
     def has_validation(self) -> bool:
@@ -220,8 +220,9 @@ class Batches:
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
 
 
-def _file_sizes(data: DataConfig) -> dict[Path, int]:
-    paths = (path_with(e.path, s) for e in (*data.train, *data.validation) for s in _SUFFIXES)
+def _file_sizes(recipe: Recipe) -> dict[Path, int]:
+    blends = (recipe.data.train, recipe.data.validation, *(m.train for m in recipe.stage.mix))
+    paths = {path_with(entry.path, s) for blend in blends for entry in blend for s in _SUFFIXES}
     return {path: path.stat().st_size for path in paths}
 
 

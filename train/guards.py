@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 
 from data.files import sync
-from data.ranks import raise_together
 from recipes.errors import LostRankError, PrecisionError, StrataError
 
 EXIT_COMPLETE = 0
@@ -66,6 +65,8 @@ class StopRequest:
         """
         import torch
         import torch.distributed as dist
+
+        from data.ranks import raise_together
 
         own = _CANNOT_GO_ON if self.error else self.signal or 0
         flag = torch.tensor([own], device=torch.cuda.current_device())

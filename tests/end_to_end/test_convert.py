@@ -45,6 +45,14 @@ def test_a_run_goes_out_and_comes_back(data: Path, straight: Path, tmp_path: Pat
     assert all(len(t["tokens"]) == 6 and t["passes"] <= 6 for t in texts[2])
 
 
+def test_a_run_goes_out_in_nvfp4(data: Path, straight: Path, tmp_path: Path):
+    convert(data, "to_hf", str(straight), str(tmp_path), "convert.quantize=nvfp4").run()
+    config = json.loads((tmp_path / "hf_quant_config.json").read_text())
+    assert "NVFP4" in config["quantization"]["quant_algo"]
+    names = json.loads((tmp_path / "config.json").read_text())
+    assert names["quantization_config"]
+
+
 def test_a_run_is_merged_and_evaluated(data: Path, straight: Path, tmp_path: Path):
     said = Command((str(straight), str(tmp_path / "merged")), data, "model.merge").run()
     losses = [line.split() for line in said.splitlines() if "checkpoints/iter_" in line]

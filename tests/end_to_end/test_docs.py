@@ -21,6 +21,9 @@ ELSEWHERE = {
     "make cluster-stop": "tests/cluster/test_docs.py",
     "python -m slurm.status run.dir=runs/two": "tests/cluster/test_docs.py",
     "python -m model.convert to_hf runs/mine exported": "tests/end_to_end/test_convert.py",
+    "python -m model.convert to_hf runs/mine exported convert.quantize=nvfp4": (
+        "tests/end_to_end/test_convert.py"
+    ),
     "python -m model.convert from_hf exported imported": "tests/end_to_end/test_convert.py",
     "python -m train --config-dir imported/recipes experiment=tiny model=exported "
     "checkpoint.load=imported run.dir=runs/on": "tests/end_to_end/test_convert.py",
