@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,9 @@ Law = Callable[..., Any]
 BLOCK = 1 << 22
 """Elements that one generator draws; a block is at least a row. Part of the definition of the
 weights: another value gives others."""
+
+_WORDS, _MARK = slice(24, 24 + 624 * 8), 1
+"""Where torch.Generator.get_state has the words of the twister, of which the first is the seed."""
 
 _CONSTANT = ("norm.weight", "layer_norm_weight", ".D", "expert_bias")
 """Ends of the names of what Megatron fills with ones and zeros."""
@@ -149,5 +153,17 @@ def _fill(shard: "ShardedTensor", law: Law, seed: int) -> None:
 
 
 def _generator(key: str) -> torch.Generator:
+    """A generator of the key: a Mersenne Twister whose whole state comes from 128 bits of its hash.
+
+    PyTorch seeds it with 32 bits, too few: among the 1e5 blocks of a model like Super some two
+    would be drawn alike. So numpy makes the state.
+    """
     digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    seeds = np.random.SeedSequence(int.from_bytes(digest[:16], "little"))
+    words = np.random.MT19937(seeds).state["state"]["key"]
+    generator = torch.Generator().manual_seed(_MARK)
+    state = generator.get_state()
+    place = state[_WORDS].view(torch.int64)
+    assert place[0] == _MARK, "this PyTorch keeps a generator's state in another way"
+    place.copy_(torch.from_numpy(words.astype(np.int64)))
+    return generator.set_state(state)

@@ -1,9 +1,11 @@
 """Initial weights: Megatron's distributions, drawn from the seed and the name alone."""
 
 import contextlib
+import hashlib
 import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,30 @@ def test_the_seed_decides(ours: dict[str, Tensor]) -> None:
 def test_other_dtypes_are_rounded(ours: dict[str, Tensor]) -> None:
     for name, weight in weights("precision=bf16").items():
         assert torch.equal(weight, ours[name].to(weight.dtype)), name
+
+
+def test_a_generator_is_the_twister_that_numpy_seeds() -> None:
+    digest = hashlib.sha256(b"3 w[0] 1").digest()
+    twister = np.random.MT19937(np.random.SeedSequence(int.from_bytes(digest[:16], "little")))
+    twister.random_raw()  # a number of the state as it was seeded; PyTorch begins after it
+    wanted = [int(word) % 2**31 for word in twister.random_raw(2000)]
+    drawn = torch.empty(2000, dtype=torch.int32)
+    assert drawn.random_(generator=model.initial._generator("3 w[0] 1")).tolist() == wanted
+
+
+def test_blocks_share_no_stream_of_32_bits() -> None:
+    """PyTorch's own seeding keeps 32 bits, and of 200,000 keys some have the same ones."""
+    seen: dict[int, str] = {}
+    for key in (f"3 w[0] {block}" for block in range(200_000)):
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+        if (other := seen.setdefault(seed % 2**32, key)) != key:
+            break
+    assert other != key
+    low = seed % 2**32
+    short, long = (torch.Generator().manual_seed(s) for s in (low, low + 2**32))
+    assert torch.equal(torch.rand(9, generator=short), torch.rand(9, generator=long))
+    one, two = (torch.rand(9, generator=model.initial._generator(k)) for k in (key, other))
+    assert not (one == two).any()
 
 
 @pytest.mark.parametrize("block", [1, 24, 100, 1000, 1 << 22])
