@@ -145,6 +145,8 @@ def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
     for symbol, names in _OF_LAYERS.items():
         if symbol in symbols:
             config |= {name: getattr(model, ours) for name, ours in names.items()}
+    # Readers other than transformers want it of every model; released ones repeat this width.
+    config.setdefault("intermediate_size", model.moe_ffn_hidden_size or model.hidden_size)
     if "E" in symbols:
         config |= {
             "routed_scaling_factor": model.moe_router_topk_scaling_factor or 1.0,
@@ -164,6 +166,8 @@ def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
         # transformers 5.23 clamps dt here, which the model must not: as good as nothing. Zero
         # cannot be: its logarithm is taken.
         "time_step_min": 1e-30,
+        # vLLM keeps states in 16 bits where this is not said.
+        "mamba_ssm_cache_dtype": "float32",
         "residual_in_fp32": model.fp32_residual_connection,
         "use_cache": True,
         "num_nextn_predict_layers": mtp_blocks(model),

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from model.conversion.from_hf import from_hf
 from model.conversion.table import LAYERS, Spec, pairs
 from model.conversion.to_hf import to_hf
 from model.conversion.torch_dist import TorchDistReader
+from model.pattern import parse_pattern
 from recipes.errors import CheckpointError, ConfigError
 from recipes.schema import ModelConfig
 from tests.unit.conversion import (
@@ -35,6 +37,8 @@ from tests.unit.conversion import (
     tensors,
     tokens_of,
 )
+from tests.unit.oracles import run, unpacked
+from tests.unit.plain_model import run as run_plainly
 from tests.unit.world import fresh_world
 
 TOLERANCE = 1e-5
@@ -126,6 +130,21 @@ def generated(network: torch.nn.Module, tokens: Tensor, count: int) -> Tensor:
     return text
 
 
+def drafted(network: Any, tokens: Tensor, model: ModelConfig) -> list[Tensor]:
+    """What each depth of multi-token prediction says of one text, from Megatron's own block."""
+    hidden = network.decoder(network.embedding(tokens[None], None), attention_mask=None)
+    found = []
+    for depth in range(parse_pattern(model.hybrid_layer_pattern).mtp_depths):
+        hidden, ahead = hidden[:-1], tokens[None, depth + 1 :]
+        block = network.mtp.layers[min(depth, len(network.mtp.layers) - 1)]
+        positions = torch.arange(len(hidden))[None]
+        hidden = block.forward_single_position(
+            hidden, ahead, positions, embedding=network.embedding
+        )
+        found.append(network.output_layer(hidden)[0][:, 0])
+    return found
+
+
 def run_reference(jobs: list[dict[str, Any]], folder: Path) -> None:
     """Let transformers do its part, in a process without stand-ins."""
     file = folder / "jobs.json"
@@ -163,6 +182,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
             generate = 6 if "*" in fields["hybrid_layer_pattern"].split("/")[0] else 0
             found[name] = {"model": model, "native": native, "hf": folder}
             found[name]["logits"] = logits(network, tokens)
+            with torch.no_grad():
+                found[name]["drafted"] = drafted(network, tokens[0], model)
             if generate:
                 found[name]["generated"] = generated(network, tokens, generate)
             jobs.append({"folder": str(folder), "tokens": tokens.tolist(), "generate": generate})
@@ -185,6 +206,39 @@ def test_megatron_and_transformers_agree(exported: dict[str, dict[str, Any]], na
     assert error(case["logits"], reference["stock"]) < TOLERANCE  # what we export is not clamped
     if "generated" in case:
         assert torch.equal(case["generated"], reference["generated"])
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_plain_arithmetic_agrees(exported: dict[str, dict[str, Any]], name: str):
+    """Multi-token prediction too, of which transformers has no model."""
+    case = exported[name]
+    main, drafts = run_plainly(case["hf"], tokens_of(case["model"])[0].tolist())
+    for found, wanted in zip([case["logits"][0], *case["drafted"]], [main, *drafts], strict=True):
+        assert error(found, torch.from_numpy(wanted)) < TOLERANCE
+
+
+def test_readers_find_the_fields_they_need(exported: dict[str, dict[str, Any]]):
+    """Those that mlx-lm and vLLM have no default for, or another one than transformers."""
+    for name in CONFIGURATIONS:
+        config = json.loads((exported[name]["hf"] / "config.json").read_text())
+        assert config["intermediate_size"] > 0, name
+        assert config["mamba_ssm_cache_dtype"] == "float32", name
+
+
+@pytest.mark.slow
+def test_mlx_agrees(exported: dict[str, dict[str, Any]], tmp_path: Path):
+    """A reader of exported folders that shares no code with transformers."""
+    versions = ("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2")
+    wheels = [str(unpacked(wheel, "Apple's Nemotron-H")) for wheel in versions]
+    jobs = [
+        {"folder": str(exported[name]["hf"]), "tokens": tokens_of(exported[name]["model"]).tolist()}
+        for name in CONFIGURATIONS
+    ]
+    (tmp_path / "mlx.json").write_text(json.dumps({"wheels": wheels, "jobs": jobs}))
+    run("tests.unit.mlx_reference", tmp_path)
+    for name in CONFIGURATIONS:
+        found = torch.from_numpy(np.load(exported[name]["hf"] / "mlx.npy"))
+        assert error(exported[name]["logits"], found) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
