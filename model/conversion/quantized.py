@@ -17,7 +17,9 @@ from torch import Tensor
 from model.conversion.table import Pair, Shape
 from model.gemms import model_gemms
 from model.pattern import parse_pattern
-from precision import nvfp4
+from precision.formats import E2M1, E4M3, cast, encode, pack_nibbles
+from precision.nvfp4 import BLOCK as _BLOCK
+from precision.nvfp4 import UNIT
 from precision.policy import resolve
 from recipes.compose import choices, load_recipe
 from recipes.rules import fail, listed
@@ -27,7 +29,7 @@ type Entry = tuple[str, torch.dtype, Shape]
 
 ALGORITHM = "W4A16_NVFP4"
 """Of modelopt: 4-bit weights, activations as they are."""
-_BLOCK = 16
+_SMALLEST_SCALE = 2.0**-9
 
 
 class Quantizer:
@@ -99,12 +101,13 @@ class Quantizer:
             (spec.name.removesuffix(".weight"), self.covers(pair))
             for pair in plan
             for spec in pair.hf
-            if spec.name.endswith(".weight") and len(spec.shape) == 2
+            if spec.name.endswith(".weight") and len(spec.shape) >= 2
         ]
+        quantised = {_experts(name) for name, covered in matrices if covered}
         excluded = {
-            re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
-            for name, quantised in matrices
-            if not quantised and not name.endswith("embeddings")
+            _experts(name, whole=_experts(name) not in quantised)
+            for name, covered in matrices
+            if not covered and not name.endswith("embeddings")
         }
         return {
             "producer": {"name": "strata", "version": "0.1.0"},
@@ -129,9 +132,22 @@ class Quantizer:
         }
 
 
+def _experts(name: str, whole: bool = True) -> str:
+    """One pattern for the experts of a layer, which readers hold in one module, or else for one
+    projection of theirs; other names as they are."""
+    pattern = r"\.experts\.\d+\..*" if whole else r"\.experts\.\d+"
+    return re.sub(pattern, ".experts*" if whole else ".experts.*", name)
+
+
 def pack(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, block scales and the tensor's scale of a matrix."""
-    found = nvfp4.pack(value.contiguous(), nvfp4.ROWWISE)
-    # A block of zeros has the scale 1 in modelopt's files, and 0 in Transformer Engine.
-    scale = torch.where(found.scale.float() == 0, 1.0, found.scale.float())
-    return found.data, scale.to(torch.float8_e4m3fn), (found.amax / nvfp4.UNIT).reshape(())
+    """Codes, block scales and the tensor's scale of a matrix, in modelopt's order of operations
+    (`NVFP4QTensor.quantize`), which rounds some quotients otherwise than Transformer Engine."""
+    blocks = value.float().unflatten(-1, (-1, _BLOCK)) + 0.0  # no negative zeros
+    largest = blocks.abs().amax(-1)
+    whole = largest.max() / UNIT
+    scale = torch.where(largest == 0, 1.0, largest / (E2M1.largest * whole))
+    # A block far smaller than the tensor's largest keeps the smallest scale there is, not 0.
+    scale = scale.clamp(_SMALLEST_SCALE, E4M3.largest).to(torch.float8_e4m3fn)
+    # NaN: of zeros over zero in a matrix of zeros, or of a NaN, which is in the scales already.
+    values = (blocks / (scale.float() * whole)[..., None]).nan_to_num_(0.0)
+    return pack_nibbles(encode(cast(values, E2M1), E2M1).flatten(-2)), scale, whole
