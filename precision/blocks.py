@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import ElementFormat, round_, stochastic_noise
+from .formats import E2M1, ElementFormat, round_, stochastic_noise
 
 SPAN_ELEMENTS = 1 << 18
 """Elements of a temporary on a CPU: a megabyte in FP32, shared by the threads."""
@@ -109,7 +109,7 @@ def scaled(
         multiplier: FP32, one a block, shaped as by `amax`: what brings x into the range of
             `form`.
         stored: what each rounded element is multiplied by; None: nothing, and zeros get the
-            sign of what was rounded (but -0 becomes +0, as in NVIDIA's reference).
+            sign of what was rounded (but -0 becomes +0 in E2M1, as in NVIDIA's reference).
         generator: round stochastically with its draws; None: to nearest even.
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -122,7 +122,7 @@ def scaled(
         y, scratch, *noise = buffers[:, : shape.numel()].unflatten(1, shape)
         y.copy_(source[part])
         y.mul_(multiplier[part]).clamp_(-form.largest, form.largest)
-        sign = y + 0.0 if stored is None else y
+        sign = y if stored is not None else y + (0.0 if form is E2M1 else -0.0)
         if generator is not None:
             noise[0].copy_(stochastic_noise(shape.numel(), generator).view(shape))
         round_(y, form, scratch, *noise)

@@ -30,7 +30,7 @@ ROWWISE = Layout(1, BLOCK)
 COLUMNWISE = Layout(BLOCK, 1)
 SQUARE = Layout(BLOCK, BLOCK)
 
-_PLAIN_EXPONENTS = (17, 224)
+_PLAIN_EXPONENTS = (17, 218)
 """Biased exponents between which every element (2^-16 to 57344 in magnitude) times its scale is a
 normal, finite BF16 number (kernels flush subnormals), and FP32 has room for how it is rounded."""
 

@@ -20,11 +20,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def definition(x: Tensor, layout: Layout, form: ElementFormat) -> tuple[Tensor, Tensor]:
-    """Dequantised values, float64, and biased exponents of the blocks."""
+def definition(x: Tensor, layout: Layout, form: ElementFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Dequantised values, float64; biased exponents of the blocks; codes."""
     theirs = ml_dtypes.float8_e4m3fn if form is E4M3 else ml_dtypes.float8_e5m2
     rows, columns = x.shape[0] // layout.height, x.shape[1] // layout.width
     out = np.empty(tuple(x.shape))
+    codes = np.empty(tuple(x.shape), np.uint8)
     exponents = torch.zeros(rows, columns, dtype=torch.uint8)
     for i in range(rows):
         for j in range(columns):
@@ -36,9 +37,11 @@ def definition(x: Tensor, layout: Layout, form: ElementFormat) -> tuple[Tensor, 
             ratio = np.abs(block).max() * np.float32(1 / form.largest)
             e = -127 if ratio == 0 else max(-127, int(np.ceil(np.log2(np.float64(ratio)))))
             scaled = np.clip(block.astype(np.float64) * 2.0**-e, -form.largest, form.largest)
-            out[place] = scaled.astype(np.float32).astype(theirs).astype(np.float64) * 2.0**e
+            elements = scaled.astype(np.float32).astype(theirs)
+            codes[place] = elements.view(np.uint8)
+            out[place] = elements.astype(np.float64) * 2.0**e
             exponents[i, j] = e + 127
-    return torch.from_numpy(out), exponents
+    return torch.from_numpy(out), exponents, torch.from_numpy(codes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)
@@ -49,13 +52,14 @@ def test_against_the_definition(layout: Layout, form: ElementFormat, dtype: torc
     x[:32, :32] = 0
     x[33:37, 40] = 448.0  # a maximum that is exactly the largest element, and then twice it
     x[50, 80] = 896.0
-    values, exponents = definition(x, layout, form)
+    x[:2, :4], x[3, 80], x[4, 80] = -0.0, -0.0, -1e-7  # zeros keep their signs
+    values, exponents, codes = definition(x, layout, form)
     found = mxfp8.quantize(x, layout, form)
     assert found.values.dtype == torch.bfloat16 and found.amax is None
     assert torch.equal(found.values.double(), values)
     packed = mxfp8.pack(x, layout, form)
     assert torch.equal(packed.scale, exponents)
-    assert packed.data.dtype == torch.uint8 and packed.data.shape == x.shape
+    assert torch.equal(packed.data, codes)
     assert torch.equal(mxfp8.dequantize(packed).double(), values)
 
 
@@ -72,15 +76,16 @@ def test_a_block_by_hand() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)
-@pytest.mark.parametrize("size", [1e-38, 1e-40, 3e-45, 1e-33, 1e36, 3e38])
-def test_ends_of_the_range(layout: Layout, size: float) -> None:
+@pytest.mark.parametrize("form", [E4M3, E5M2], ids=["E4M3", "E5M2"])
+@pytest.mark.parametrize("size", [1e-38, 1e-40, 3e-45, 1e-33, 2e32, 2e33, 1e36, 3e38])
+def test_ends_of_the_range(layout: Layout, size: float, form: ElementFormat) -> None:
     """Where BF16 cannot hold a value, FP32 does, and products keep it."""
     x = torch.rand(32, 64) * size
     x[0, 0] = size
-    values, exponents = definition(x, layout, E4M3)
-    found = mxfp8.quantize(x, layout)
+    values, exponents, _ = definition(x, layout, form)
+    found = mxfp8.quantize(x, layout, form)
     assert torch.equal(found.values.double(), values.float().double())
-    assert torch.equal(mxfp8.pack(x, layout).scale, exponents)
+    assert torch.equal(mxfp8.pack(x, layout, form).scale, exponents)
     eye = mxfp8.quantize(torch.eye(64), mxfp8.SQUARE)
     y = product(found.values, eye.values, scales(found, eye), torch.float32)
     assert torch.equal(y, found.values.float())
