@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from precision.rules import Rule, read_rules
 from recipes.errors import ConfigError
-from recipes.rules import listed
+from recipes.rules import fail, listed
 from recipes.schema import PrecisionConfig
 
 BLOCK = {"nvfp4": 16, "mxfp8": 32}
@@ -99,7 +99,8 @@ def resolve(
 
     Raises:
         ConfigError: a rule that decides for no module and is not optional, a module that no
-            rule covers, or layers that do not exist.
+            rule covers, layers that do not exist, or a quantised format for quantised modules
+            where there are none.
     """
     extra = read_rules("precision.extra_rules", precision.extra_rules, num_layers)
     rules = extra + read_rules("precision.rules", precision.rules, num_layers)
@@ -112,12 +113,27 @@ def resolve(
     if tokens is not None:
         key = "precision.switch.rules"
         if switch.to is not None:
+            _check_meets_some("precision.switch.to", switch.to, start)
             after = tuple(replace(d, format=_switched(d.format, switch.to)) for d in start)
         else:
             after = _decide(key, read_rules(key, switch.rules, num_layers), gemms)
+    if precision.evaluation is not None:
+        _check_meets_some("precision.evaluation", precision.evaluation, (*start, *after))
     disabled = tuple(part for part in NVFP4_PARTS if getattr(precision, f"disable_{part}"))
     switch_tokens = math.inf if tokens is None else tokens
     return Policy(start, after, switch_tokens, precision.evaluation, disabled)
+
+
+def _check_meets_some(key: str, name: str, decisions: Sequence[Decision]) -> None:
+    """A format for quantised modules would quantise nothing, unseen, if there are none. That it
+    keeps from quantising nothing is harmless: the BF16 arm of a comparison is given it too."""
+    if is_quantized(name) and not any(is_quantized(d.format) for d in decisions):
+        fail(
+            key,
+            name,
+            "is for quantised modules, and the rules quantise none",
+            f"use a precision that does, or precision.switch.rules=[{{format: {name}}}]",
+        )
 
 
 def _switched(name: str, to: str) -> str:

@@ -242,8 +242,9 @@ def _cost(pairs: Sequence[Pair], last: Mask) -> Cost:
     def median(run: FinishedRun, key: str) -> float:
         return float(np.median([r[key] for r in run.records] or [np.nan]))
 
-    norms = [np.log(p.arm.series("grad_norm") / p.base.series("grad_norm"))[last] for p in pairs]
-    norm = finite_mean(np.concatenate(norms))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a norm of zero has no logarithm
+        logs = [np.log(p.arm.series("grad_norm") / p.base.series("grad_norm")) for p in pairs]
+    norm = finite_mean(np.stack(logs)[:, last])
     return Cost(
         seconds_ratio=mean([median(p.arm, "seconds") / median(p.base, "seconds") for p in pairs]),
         tokens_per_second=mean([median(p.arm, "tokens_per_second") for p in pairs]),

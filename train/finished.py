@@ -17,12 +17,17 @@ from train.gaps import Series
 from train.metrics import MetricsFile
 from train.rundir import NOT_LEARNING, flat
 
+DATA_ORDER = "data_order"
+
 HASHES = {
     "initial_parameters": "initial weights",
-    "data_order": "data order",
+    DATA_ORDER: "data order",
     "recipe_without_precision": "recipes",
 }
 """Entry of identity.json -> what it proves equal, in words."""
+
+MEASURED = ("step", "loss", "mtp_loss", "tokens", "seconds", "tokens_per_second")
+"""What every line of metrics.jsonl has."""
 
 SHOWN = 3
 """Things listed in a sentence before it says how many more there are."""
@@ -92,7 +97,11 @@ class FinishedRun:
 
     def bad_steps(self) -> list[int]:
         """Steps whose loss or gradient was not finite, with the one the run stopped at."""
-        bad = [r["step"] for r in self.records if r["loss"] is None or not r.get("updated", True)]
+        bad = [
+            r["step"]
+            for r in self.records
+            if None in (r["loss"], *r["mtp_loss"]) or not r.get("updated", True)
+        ]
         return bad + (
             [len(self.records) + 1] if len(self.records) < train_steps(self.stage) else []
         )
@@ -123,6 +132,9 @@ def read_run(folder: Path) -> FinishedRun:
             telemetry=MetricsFile(folder / "precision.jsonl").read(),
         )
         steps, done = train_steps(run.stage), len(run.records)
+        # Whatever lacks these, or is no table at all, is damaged.
+        found = [{key: r[key] for key in MEASURED}["step"] for r in run.records]
+        dict(run.identity or {})
     except OSError as error:
         raise ConfigError(
             f"{folder} is not a run that can be compared ({error.filename}: {error.strerror}); "
@@ -137,7 +149,6 @@ def read_run(folder: Path) -> FinishedRun:
             f"{folder} has stages ({', '.join(config['stages'])}), which cannot be compared; train "
             "one of them with run.stage=NAME"
         )
-    found = [r.get("step") for r in run.records]
     if found != list(range(1, done + 1)):
         wrong = next(i for i, step in enumerate(found, start=1) if step != i)
         raise ConfigError(f"{folder}/metrics.jsonl lacks step {wrong}; train it anew")
@@ -178,40 +189,33 @@ def same_length(runs: Sequence[FinishedRun]) -> None:
 
 def unpaired(arm: FinishedRun, base: FinishedRun) -> list[str]:
     """Why two runs may differ in more than precision, or in more than the model, in words; empty:
-    hashes prove that they do not, beside two models that of the data order and every other key."""
-    if arm.part("model") != base.part("model"):
-        return _unpaired_models(arm, base)
-    if arm.identity is None or base.identity is None:
-        old = " and ".join(str(r.folder) for r in (base, arm) if r.identity is None)
-        reasons = [f"not proved: {old} has no identity.json"]
+    hashes prove that they do not. Two models cannot have the same weights, and so not the same
+    hashes of weights and recipe: they prove the data order, and every other key must be the same.
+    """
+    models = arm.part("model") != base.part("model")
+    old = [str(run.folder) for run in (base, arm) if run.identity is None]
+    proofs = [DATA_ORDER] if models else list(HASHES)
+    wrong = [HASHES[key] for key in proofs if _hash(arm, key) != _hash(base, key)]
+    if old:
+        reasons = [f"not proved: {_and(old)} {'has' if len(old) == 1 else 'have'} no identity.json"]
+    elif wrong:
+        reasons = [f"{_and(wrong)} {'differs' if wrong == [HASHES[DATA_ORDER]] else 'differ'}"]
+    elif models:
+        reasons = []
     else:
-        one, other = arm.identity, base.identity
-        wrong = [words for key, words in HASHES.items() if one.get(key) != other.get(key)]
-        if not wrong:
-            return []
-        reasons = [f"{_and(wrong)} differ"]
+        return []
     keys = differing_keys(arm, base)
-    return reasons + ([f"keys that differ: {shortened(keys)}"] if keys else [])
-
-
-def _unpaired_models(arm: FinishedRun, base: FinishedRun) -> list[str]:
-    """The same for two models: their weights, and so the hashes of them, cannot be the same."""
-    reasons = []
-    if arm.identity is None or base.identity is None:
-        old = " and ".join(str(r.folder) for r in (base, arm) if r.identity is None)
-        reasons.append(f"not proved: {old} has no identity.json")
-    elif not same_data(arm, base):
-        reasons.append("data order differs")
-    keys = [line for line in differing_keys(arm, base) if not line.startswith("model.")]
-    if arm.part("precision") != base.part("precision"):
-        keys.append(f"precision {base.precision} -> {arm.precision}")
+    if models:
+        keys = [line for line in keys if not line.startswith("model.")]
+        if arm.part("precision") != base.part("precision"):
+            keys.append(f"precision {base.precision} -> {arm.precision}")
     return reasons + ([f"keys that differ: {shortened(keys)}"] if keys else [])
 
 
 def same_data(arm: FinishedRun, base: FinishedRun) -> bool:
     """Whether both read the same text in the same order, by hash, or for older runs by recipe."""
     if arm.identity is not None and base.identity is not None:
-        return arm.identity.get("data_order") == base.identity.get("data_order")
+        return _hash(arm, DATA_ORDER) == _hash(base, DATA_ORDER)
     return arm.seed == base.seed and arm.config.get("data") == base.config.get("data")
 
 
@@ -258,6 +262,10 @@ def shortened(items: Sequence[str]) -> str:
     """The first few, and how many more."""
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
+
+
+def _hash(run: FinishedRun, key: str) -> str | None:
+    return None if run.identity is None else run.identity.get(key)
 
 
 def _and(words: Sequence[str]) -> str:

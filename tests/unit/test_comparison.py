@@ -1,123 +1,20 @@
-"""The analysis of a comparison, on run directories made up with gaps that are known."""
+"""The comparison of precisions, on run directories made up with gaps that are known."""
 
 import json
-import math
 import statistics
-from dataclasses import asdict
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from recipes.compose import load_recipe
 from recipes.errors import ConfigError
-from train.comparison import HELD_OUT, TRAINING, Comparison, compare
+from tests.unit.run_directories import MODULES, STEPS, Workbench
+from train.comparison import HELD_OUT, TRAINING
 from train.comparison_plots import kind, plot_comparison
 from train.finished import read_run
-from train.gaps import block_error, estimate, smooth, windows
 from train.report import as_dict, write_report
-
-STEPS = 200
-MODULES = ("decoder.layers.0.mixer.in_proj", "decoder.layers.1.mlp.experts.linear_fc1")
-
-
-class RunDirectory:
-    """Writes a run directory as `python -m train` leaves it.
-
-    Args:
-        gap: relative gap of every loss to the curve that all runs with the same seed share,
-            one number or a function of the step.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        precision: str = "bf16",
-        seed: int = 1,
-        gap: Any = 0.0,
-        overrides: tuple[str, ...] = (),
-        steps: int = STEPS,
-        done: int | None = None,
-    ) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True)
-        recipe = load_recipe(
-            [
-                "experiment=tiny",
-                f"precision={precision}",
-                f"run.dir={folder}",
-                f"run.seed={seed}",
-                f"stage.train_steps={steps}",
-                *overrides,
-            ]
-        )
-        self.write("config.json", asdict(recipe))
-        noise = np.random.default_rng(seed).normal(0, 0.01, steps)
-        self.records: list[dict[str, Any]] = []
-        for i in range(done if done is not None else steps):
-            factor = 1 + (gap(i) if callable(gap) else gap)
-            loss = (4 + 4 * math.exp(-i / 20)) * (1 + noise[i]) * factor
-            self.records.append(
-                {
-                    "step": i + 1,
-                    "loss": loss,
-                    "mtp_loss": [1.1 * loss, 1.2 * loss],
-                    "grad_norm": 2.0 if precision == "bf16" else 3.0,
-                    "tokens": (i + 1) * 2048,
-                    "seconds": 9.0 if i == 0 else 0.5 if precision == "bf16" else 0.75,
-                    "tokens_per_second": 2048 / 0.5,
-                    "zero_grad_share": 0.01,
-                    "updated": True,
-                }
-            )
-            if (i + 1) % 50 == 0:
-                self.records[-1]["validation_loss"] = 5 * factor
-        self.save()
-        self.identity(f"weights {seed}", f"order {seed}", f"recipe {seed}")
-        quantized = precision if precision in ("nvfp4", "mxfp8") else "bf16"
-        self.formats({MODULES[0]: (quantized, quantized), MODULES[1]: ("bf16", "bf16")})
-
-    def write(self, name: str, content: Any) -> None:
-        (self.folder / name).write_text(json.dumps(content))
-
-    def save(self) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        (self.folder / "metrics.jsonl").write_text(lines)
-
-    def identity(self, weights: str, order: str, recipe: str) -> None:
-        names = ("initial_parameters", "data_order", "recipe_without_precision")
-        self.write("identity.json", dict(zip(names, (weights, order, recipe), strict=True)))
-
-    def formats(self, modules: dict[str, tuple[str, str]]) -> None:
-        said = {name: {"wanted": w, "ran": r} for name, (w, r) in modules.items()}
-        self.write("precision.json", {"applied": [{"from_step": 1, "modules": said}]})
-
-
-class Workbench:
-    """Run directories of one test, compared in the order they were made."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.runs: list[RunDirectory] = []
-
-    def run(self, **what: Any) -> RunDirectory:
-        self.runs.append(RunDirectory(self.root / f"run{len(list(self.root.iterdir()))}", **what))
-        return self.runs[-1]
-
-    def compare(self, budget: float = 0.01) -> Comparison:
-        return compare([read_run(run.folder) for run in self.runs], budget)
-
-    def verdict(self, budget: float = 0.01) -> tuple[bool, str, str]:
-        """Of the only arm: passed, failures, notes."""
-        (arm,) = self.compare(budget).arms
-        verdict = arm.verdict
-        return verdict.passed, " | ".join(verdict.failures), " | ".join(verdict.notes)
-
-    def refused(self) -> str:
-        with pytest.raises(ConfigError) as error:
-            self.compare()
-        return str(error.value)
 
 
 @pytest.fixture
@@ -143,42 +40,6 @@ def test_a_constant_gap_is_found_everywhere(bench: Workbench, gap: float, passed
     assert arm.held_out["end"] is not None
     assert arm.held_out["end"].mean == pytest.approx(gap, abs=1e-9)
     assert all(not pair.unpaired for pair in arm.pairs)
-
-
-def test_windows_of_the_schedule(bench: Workbench) -> None:
-    """Warmup 4 % and decay 20 % of 200 steps: the early window is the first tenth."""
-    bench.run()
-    run = read_run(bench.runs[0].folder)
-    steps = {
-        w.name: np.flatnonzero(w.mask(run.stage)) + 1 for w in windows(run.optimizer, run.stage)
-    }
-    first_and_last = {name: (int(s[0]), int(s[-1])) for name, s in steps.items()}
-    assert first_and_last == {
-        "early": (1, 20),
-        "stable": (21, 160),
-        "decay": (161, 200),
-        "last quarter": (151, 200),
-    }
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["optimizer.lr_warmup_fraction=0.3"], {"early": 60, "stable": 100, "decay": 40}),
-        (["optimizer.lr_decay_style=cosine"], {"early": 20, "decay": 180}),
-        (["optimizer.lr_decay_style=constant"], {"early": 20, "stable": 180}),
-        # The schedule is longer than the run: its decay is not reached.
-        (["optimizer.lr_schedule_tokens=819200"], {"early": 20, "stable": 180}),
-        (["optimizer.lr_wsd_decay_tokens=20480"], {"early": 20, "stable": 170, "decay": 10}),
-    ],
-)
-def test_windows_of_other_schedules(
-    bench: Workbench, overrides: list[str], expected: dict[str, int]
-) -> None:
-    bench.run(overrides=tuple(overrides))
-    run = read_run(bench.runs[0].folder)
-    found = {w.name: int(w.mask(run.stage).sum()) for w in windows(run.optimizer, run.stage)}
-    assert found == {**expected, "last quarter": 50}
 
 
 def test_a_gap_that_grows_in_the_decay(bench: Workbench) -> None:
@@ -209,50 +70,6 @@ def test_noise_near_the_budget_is_said_and_the_mean_decides(bench: Workbench) ->
     assert not passed and "not below the budget of 0.9 %" in failures
     assert "within noise of the budget" in notes
     assert "within noise" not in bench.verdict(budget=0.05)[2]
-
-
-def test_the_error_takes_neighbours_that_are_alike_into_account() -> None:
-    """AR(1), x' = r x + e, has mean of variance 1 / (n (1 - r)^2) for unit noise and large n."""
-    generator, steps, r = np.random.default_rng(0), 2000, 0.9
-    true = math.sqrt(1 / (steps * (1 - r) ** 2))
-    found, naive = [], []
-    for _ in range(100):
-        noise, series, x = generator.normal(size=steps + 200), [], 0.0
-        for e in noise:
-            x = r * x + e
-            series.append(x)
-        kept = np.array(series[200:])
-        found.append(block_error(kept) or 0.0)
-        naive.append(statistics.stdev(kept.tolist()) / math.sqrt(steps))
-    assert statistics.fmean(found) == pytest.approx(true, rel=0.15)
-    assert statistics.fmean(naive) < true / 3
-
-
-def test_seeds_that_disagree_widen_the_error() -> None:
-    """Four pairs without noise inside: the error is that of four numbers."""
-    means = [0.001, 0.004, 0.002, 0.005]
-    found = estimate(np.repeat(np.array(means)[:, None], 40, axis=1))
-    assert found is not None and found.error is not None
-    assert found.error == pytest.approx(statistics.stdev(means) / 2)
-    assert (found.low, found.high) == (0.001, 0.005)
-    assert found.pairs == 4
-
-
-def test_too_few_steps_have_no_error() -> None:
-    assert block_error(np.array([1.0, 2.0, 3.0])) is None
-    found = estimate(np.array([[1.0, np.nan, 3.0]]))
-    assert found is not None
-    assert (found.mean, found.error, found.steps) == (2.0, None, 2)
-    assert estimate(np.full((2, 3), np.nan)) is None
-
-
-def test_smoothing_keeps_a_line_and_invents_nothing() -> None:
-    line = np.arange(20.0)
-    assert smooth(line, 5)[2:-2] == pytest.approx(line[2:-2])
-    assert smooth(line, 5)[0] == pytest.approx((0 + 1 + 2) / 3)
-    line[7] = np.nan
-    assert np.isnan(smooth(line, 5)).tolist() == [i == 7 for i in range(20)]
-    assert smooth(line, 5)[8] == pytest.approx((6 + 8 + 9 + 10) / 4)
 
 
 def test_seeds_are_paired_by_seed_and_give_the_noise_floor(bench: Workbench) -> None:
@@ -325,13 +142,6 @@ def test_seed_noise_excuses_only_the_precision_of_the_baseline(
     assert not bench.verdict()[0]
 
 
-def test_steps_that_alternate_are_no_more_certain_than_independent_ones() -> None:
-    """Blocks of two steps agree exactly, and would say that there is no error."""
-    values = [0.01, -0.01] * 5
-    expected = statistics.stdev(values) / math.sqrt(10)
-    assert block_error(np.array(values)) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("precision", ["nvfp4", "mxfp8"])
 def test_an_ignored_policy_fails(bench: Workbench, precision: str) -> None:
     bench.run()
@@ -390,15 +200,32 @@ def test_equal_seeds_with_other_weights_are_not_paired(bench: Workbench) -> None
     passed, _, notes = bench.verdict()
     assert passed
     assert "not paired" in notes and "initial weights differ" in notes
+    bench.runs[1].identity("weights 1", "another order", "recipe 1")
+    assert "data order differs" in bench.verdict()[2]
+    for run in bench.runs:
+        (run.folder / "identity.json").unlink()
+    assert f"{bench.runs[1].folder} have no identity.json" in bench.verdict()[2]
 
 
-def test_losses_that_are_not_finite_fail(bench: Workbench) -> None:
+@pytest.mark.parametrize("bad", [{"loss": None, "updated": False}, {"mtp_loss": [9.0, None]}])
+def test_losses_that_are_not_finite_fail(bench: Workbench, bad: dict[str, Any]) -> None:
     bench.run()
     run = bench.run(precision="nvfp4", gap=0.001)
-    run.records[70] |= {"loss": None, "updated": False}
+    run.records[70] |= bad
     run.save()
     passed, failures, _ = bench.verdict()
     assert not passed and "not finite at step 71" in failures
+
+
+def test_a_gradient_of_zero_is_left_out(bench: Workbench) -> None:
+    for precision, step in (("bf16", 190), ("nvfp4", 195)):
+        run = bench.run(precision=precision, gap=0.001)
+        run.records[step]["grad_norm"] = 0.0
+        run.save()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (arm,) = bench.compare().arms
+    assert arm.cost.grad_norm_ratio == pytest.approx(1.5)
 
 
 def test_a_run_that_diverged_fails_instead_of_being_unfinished(bench: Workbench) -> None:
@@ -427,8 +254,17 @@ def test_what_cannot_be_compared_is_named(bench: Workbench, tmp_path: Path) -> N
     run.records[41:42] = []
     run.save()
     assert "lacks step 42" in bench.refused()
-    (run.folder / "config.json").write_text("{")
-    assert "damaged" in bench.refused()
+    for name, text in (
+        ("config.json", "{"),
+        ("identity.json", '["weights"]'),
+        ("metrics.jsonl", '{"step": 1}\n'),
+        ("metrics.jsonl", "[]\n"),
+    ):
+        file = run.folder / name
+        whole = file.read_text()
+        file.write_text(text)
+        assert "damaged" in bench.refused(), (name, text)
+        file.write_text(whole)
     with pytest.raises(ConfigError, match="not a run that can be compared"):
         read_run(tmp_path / "nothing")
 
@@ -481,52 +317,6 @@ def test_cost_and_report(bench: Workbench) -> None:
     assert data["arms"]["nvfp4"]["training_loss_gap"]["last quarter"]["mean"] == pytest.approx(
         0.005
     )
-
-
-ABLATION = ("experiment=tiny_moe_ablation", "model=tiny_moe")
-
-
-def test_models_are_compared_side_by_side(bench: Workbench) -> None:
-    """Two models are paired by data order and settings, not by weights they cannot share."""
-    bench.run(overrides=ABLATION)
-    bench.run(overrides=(*ABLATION, "model=tiny_latent_moe"), gap=-0.004)
-    for run, weights in zip(bench.runs, "ab", strict=True):
-        run.identity(weights, "order 1", f"recipe {weights}")
-    comparison = bench.compare()
-    (arm,) = comparison.arms
-    assert (comparison.base_name, arm.name) == ("tiny_moe", "tiny_latent_moe")
-    assert arm.verdict.passed and not arm.pairs[0].unpaired
-    assert arm.verdict.gap is not None and arm.verdict.gap.mean == pytest.approx(-0.004)
-    base, latent = comparison.models.values()
-    assert (base.parameters, latent.parameters) == (6_047_936, 6_105_472)
-    assert (base.active, latent.active) == (2_640_064, 2_632_064)
-    assert (base.dispatched_bytes, latent.dispatched_bytes) == (2 * 3 * 128 * 2, 2 * 11 * 32 * 2)
-    assert base.settings == {"num_moe_experts": 16, "moe_router_topk": 3, "moe_latent_size": None}
-    write_report(comparison, bench.root, [])
-    report = (bench.root / "report.md").read_text()
-    assert "| active parameters of a token | 2,640,064 | 2,632,064 (-0.303 %) |" in report
-    assert "| `moe_latent_size` | None | 32 |" in report
-    assert "same hash of initial weights" not in report
-    assert "different initial weights" not in report and "other initial weights" in report
-
-
-@pytest.mark.parametrize(
-    ("order", "overrides", "said"),
-    [
-        ("order 2", (), "data order differs"),
-        ("order 1", ("optimizer.lr=1e-4",), "optimizer.lr 0.006 -> 0.0001"),
-        ("order 1", ("precision=nvfp4",), "precision bf16 -> nvfp4"),
-    ],
-)
-def test_models_that_differ_in_more_are_not_paired(
-    bench: Workbench, order: str, overrides: tuple[str, ...], said: str
-) -> None:
-    bench.run(overrides=ABLATION)
-    bench.run(overrides=(*ABLATION, "model=tiny_latent_moe", *overrides))
-    bench.runs[1].identity("other", order, "other")
-    (arm,) = bench.compare().arms
-    (why,) = arm.pairs[0].unpaired
-    assert said in why
 
 
 def test_recipes_of_one_name_are_told_apart(bench: Workbench) -> None:

@@ -199,6 +199,8 @@ def test_the_first_rule_that_matches_decides():
         ("precision.evaluation=fp8", ["evaluation=fp8", "bf16, mxfp8"]),
         ("precision.switch.to=bf16", ["switch.to=bf16", "at_tokens"]),
         ("precision.switch.at_tokens=1e5", ["switch.to=null", "target"]),
+        ("precision.switch={to: nvfp4, at_tokens: 1}", ["switch.to=nvfp4", "quantise none"]),
+        ("precision.evaluation=mxfp8", ["evaluation=mxfp8", "quantise none", "switch.rules"]),
     ],
 )
 def test_mistakes_name_key_rule_and_remedy(override, said):
@@ -206,6 +208,13 @@ def test_mistakes_name_key_rule_and_remedy(override, said):
         validate_recipe(tiny("precision=bf16", override))
     for words in said:
         assert words in str(error.value)
+
+
+def test_what_keeps_from_quantising_may_meet_nothing():
+    """A comparison gives it to its BF16 arm too."""
+    for to in ("bf16", "bf16_forward"):
+        switch = f"precision.switch={{to: {to}, at_tokens: 1}}"
+        validate_recipe(tiny("precision=bf16", switch, "precision.evaluation=bf16"))
 
 
 def test_a_rule_may_be_optional():
