@@ -47,6 +47,9 @@ _OF_LAYERS = {
 
 _OPTIONAL = {"moe_latent_size": "moe_latent_size", "attention_dropout": "attention_dropout"}
 
+_FRACTIONS = ("layer_norm_epsilon", "routed_scaling_factor", "attention_dropout")
+"""Fields that need not be whole numbers."""
+
 _MUST_BE: dict[str, tuple[Any, str]] = {
     "model_type": ("nemotron_h", "another architecture"),
     "norm_topk_prob": (True, "Megatron always normalises the weights of the chosen experts"),
@@ -81,19 +84,31 @@ def read_model_config(folder: Path) -> ModelConfig:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}; give a Hugging Face nemotron_h folder") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds no fields; give a Hugging Face nemotron_h folder")
     for name, (value, why) in _MUST_BE.items():
         if config.get(name, value if name != "model_type" else None) != value:
             _refuse(file, name, config.get(name), why, f"only {json.dumps(value)} can be converted")
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(f"{file}: quantised weights cannot be converted; give plain ones")
     _check_time_step(file, config)
+    config.setdefault("layers_block_type", config.get("layer_types"))  # another name of it
     main = _pattern(file, config, "layers_block_type", "hybrid_override_pattern")
     if main is None:
         raise CheckpointError(f"{file} has neither layers_block_type nor hybrid_override_pattern")
-    physical = config.get("num_nextn_predict_layers") or 0
+    if config.get("num_hidden_layers") not in (None, len(main)):
+        raise CheckpointError(
+            f"{file}: num_hidden_layers={json.dumps(config['num_hidden_layers'])}, but there are "
+            f"{len(main)} layers in {main}; correct one of them"
+        )
+    physical = _number(file, config, "num_nextn_predict_layers") or 0
     mtp = ""
     if physical:
         mtp = _pattern(file, config, "mtp_layers_block_type", "mtp_hybrid_override_pattern") or "*E"
     repeated = bool(config.get("mtp_use_repeated_layer", physical <= 1))
-    depths = config.get("mtp_num_layers", physical) if repeated and physical else physical
+    depths = physical
+    if physical and repeated:
+        depths = _number(file, config, "mtp_num_layers", least=1) or physical
     wanted = dict(_SAME)
     for symbol, names in _OF_LAYERS.items():
         if symbol in main + mtp:
@@ -101,11 +116,13 @@ def read_model_config(folder: Path) -> ModelConfig:
     missing = [name for name in wanted if config.get(name) is None]
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; add them")
-    fields = {ours: config[name] for name, ours in wanted.items()}
-    fields |= {ours: config[n] for n, ours in _OPTIONAL.items() if config.get(n) is not None}
+    fields: dict[str, Any] = {ours: _number(file, config, name) for name, ours in wanted.items()}
+    fields |= {
+        ours: _number(file, config, n) for n, ours in _OPTIONAL.items() if config.get(n) is not None
+    }
     if "E" in main + mtp and config.get("n_group", 1) != 1:
-        fields["moe_router_num_groups"] = config["n_group"]
-        fields["moe_router_group_topk"] = config["topk_group"]
+        fields["moe_router_num_groups"] = _number(file, config, "n_group")
+        fields["moe_router_group_topk"] = _number(file, {"topk_group": 1} | config, "topk_group")
     model = ModelConfig(
         name=_name(folder),
         hybrid_layer_pattern="/".join([main, *[mtp] * depths]),
@@ -238,27 +255,48 @@ def _check_time_step(file: Path, config: dict[str, Any]) -> None:
     limit = config.get("time_step_limit")
     if limit is None:
         return
-    low, high = (x["__float__"] if isinstance(x, dict) else x for x in limit)
-    if float(low) > 0 or not math.isinf(float(high)):
+    try:
+        low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in limit)
+    except (TypeError, ValueError, KeyError):
+        _refuse(file, "time_step_limit", limit, "it is not two numbers", "only 0 to infinity")
+    if low > 0 or not math.isinf(high):
         _refuse(file, "time_step_limit", limit, "Megatron does not clamp dt", "only 0 to infinity")
 
 
 def _pattern(file: Path, config: dict[str, Any], list_key: str, text_key: str) -> str | None:
     """The layer symbols a config gives as a list of names, as a string, or both."""
     names, text = config.get(list_key), config.get(text_key)
+    if text is not None and not (isinstance(text, str) and set(text) <= set(_SYMBOLS)):
+        _refuse(file, text_key, text, "it is not made of " + ", ".join(_SYMBOLS), "write it so")
     if names is None:
-        return None if text is None else str(text)
+        return text
+    if not isinstance(names, list):
+        _refuse(file, list_key, names, "it is not a list", "write the name of each layer")
     symbols = {name: symbol for symbol, known in _SYMBOLS.items() for name in known}
-    unknown = sorted({str(n) for n in names if n not in symbols})
+    unknown = sorted({str(n) for n in names if str(n) not in symbols})
     if unknown:
         raise CheckpointError(
             f"{file}: {list_key} has {', '.join(unknown)}; layers that can be converted are "
             + ", ".join(symbols)
         )
-    result = "".join(symbols[n] for n in names)
+    result = "".join(symbols[str(n)] for n in names)
     if text is not None and text != result:
         raise CheckpointError(f"{file}: {text_key}={text} and {list_key} ({result}) differ")
     return result
+
+
+def _number(file: Path, config: dict[str, Any], name: str, least: int = 0) -> Any:
+    """A field that is a number, or null."""
+    value = config.get(name)
+    kinds = (int, float, type(None)) if name in _FRACTIONS else (int, type(None))
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, kinds)
+        or (value is not None and value < least)
+    ):
+        kind = "number" if name in _FRACTIONS else "whole number"
+        _refuse(file, name, value, f"it is not a {kind}", f"write one of {least} or more")
+    return value
 
 
 def _name(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from model.conversion.torch_dist import (
     TorchDistWriter,
     native_shapes,
 )
-from model.conversion.work import Work
+from model.conversion.work import Work, explained
 from recipes.rules import fail
 from recipes.schema import ConvertConfig
 
@@ -38,6 +38,7 @@ _FUSED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)$")
 """All experts in one tensor, as transformers holds them in memory."""
 
 
+@explained
 def from_hf(options: ConvertConfig, say: Callable[[str], None]) -> Path:
     """Write the checkpoint options.target from the folder options.source.
 
@@ -69,8 +70,10 @@ def from_hf(options: ConvertConfig, say: Callable[[str], None]) -> Path:
     files = sorted({entry.file for entry in reader.entries.values()})
     work = Work(target, task("from_hf", source, files, options))
 
+    kinds = theirs.dtypes(plan)
+
     def dtype(pair: Pair) -> torch.dtype:
-        found = theirs.dtype(pair.hf[0].name)
+        found = kinds[pair.native[0].name]
         return found if pair.row.fp32 else wanted_dtype(options) or found
 
     def size(pair: Pair) -> int:
@@ -118,7 +121,7 @@ class _Names:
             plain = re.sub(r"^model\.", "backbone.", name)
             plain = re.sub(r"^backbone\.embedding\.", "backbone.embeddings.", plain)
             fused = _FUSED.match(plain)
-            if fused is None:
+            if fused is None or len(entry.shape) != 3:
                 self._add(plain, entry.shape, name, None)
                 continue
             for i in range(entry.shape[0]):
@@ -130,9 +133,15 @@ class _Names:
         self._places[key] = name, index
         self.shapes[key] = shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._reader.entries[self._places[name][0]].dtype
+    def dtypes(self, plan: Iterable[Pair]) -> dict[str, torch.dtype]:
+        """Megatron's name -> a dtype that holds all of this side's tensors exactly."""
+        found: dict[str, torch.dtype] = {}
+        for pair in plan:
+            for spec in pair.hf:
+                kind = self._reader.entries[self._places[spec.name][0]].dtype
+                for name in (native.name for native in pair.native):
+                    found[name] = torch.promote_types(found.get(name, kind), kind)
+        return found
 
     def read(self, name: str) -> Tensor:
         """A tensor."""

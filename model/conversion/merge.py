@@ -29,7 +29,7 @@ from model.conversion.torch_dist import (
     native_shapes,
     saved_recipe,
 )
-from model.conversion.work import Work
+from model.conversion.work import Work, explained
 from recipes.errors import ConfigError
 from recipes.rules import above, at_least, fail
 from recipes.schema import MergeConfig
@@ -47,6 +47,7 @@ def minus_sqrt_weights(count: int) -> list[float]:
     return [after - before for before, after in zip(roots, roots[1:], strict=False)]
 
 
+@explained
 def merge(options: MergeConfig) -> tuple[Path, list[tuple[Path, float]]]:
     """Write options.target, the weighted mean of checkpoints. The mean is taken in FP32.
 

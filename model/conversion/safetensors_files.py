@@ -29,7 +29,8 @@ _NAMES = {
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items() if name in ("F32", "BF16", "F16")}
+"""What is read: of quantised weights, without their scales, nothing can be made."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,17 @@ class SafetensorsReader:
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
         if index.exists():
+            if (self.folder / SINGLE).exists():
+                raise CheckpointError(
+                    f"{self.folder} has both {SINGLE} and {INDEX}, of which readers take one or "
+                    "the other; remove the one that is not meant"
+                )
             try:
                 names = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{index} cannot be read: {error}") from error
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{index} cannot be read ({type(error).__name__}: {error}); restore it"
+                ) from error
             return [self.folder / name for name in sorted(names)]
         if (self.folder / SINGLE).exists():
             return [self.folder / SINGLE]
@@ -129,26 +137,35 @@ class SafetensorsReader:
         return tensor
 
 
+def _shape(sizes: Any) -> Shape:
+    return tuple(int(size) for size in sizes)
+
+
 def _header(file: Path) -> list[Entry]:
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(min(length, size)))
         header.pop("__metadata__", None)
-        size = file.stat().st_size
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; restore it") from error
+        found = sorted(
+            (*map(int, what["data_offsets"][:2]), name, str(what["dtype"]), _shape(what["shape"]))
+            for name, what in header.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); restore it"
+        ) from error
     entries = []
     end = 8 + length
-    for name, what in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype = _DTYPES.get(what["dtype"])
+    for _, last, name, kind, shape in found:
+        dtype = _DTYPES.get(kind)
         if dtype is None:
             raise CheckpointError(
-                f"{file}: {name} is {what['dtype']}; weights that can be converted are "
-                + ", ".join(_DTYPES)
+                f"{file}: {name} is {kind}; weights that can be converted are " + ", ".join(_DTYPES)
             )
-        entry = Entry(file, dtype, tuple(what["shape"]), end, name)
-        end = 8 + length + what["data_offsets"][1]
+        entry = Entry(file, dtype, shape, end, name)
+        end = 8 + length + last
         if entry.start + entry.bytes != end:
             raise CheckpointError(f"{file}: the place of {name} does not fit its shape")
         entries.append(entry)

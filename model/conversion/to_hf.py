@@ -33,7 +33,7 @@ from model.conversion.torch_dist import (
     native_shapes,
     saved_recipe,
 )
-from model.conversion.work import Work
+from model.conversion.work import Work, explained
 from recipes.errors import CheckpointError
 from recipes.schema import ConvertConfig
 
@@ -48,6 +48,7 @@ _KEPT = (
 """Fields of an imported config.json that an export repeats."""
 
 
+@explained
 def to_hf(options: ConvertConfig) -> Path:
     """Write the folder options.target from the checkpoint or run options.source.
 

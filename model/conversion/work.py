@@ -5,6 +5,7 @@ readable are written last, and the notes are removed after them, so a folder is 
 says that it is not.
 """
 
+import functools
 import json
 import os
 import pickle
@@ -19,6 +20,30 @@ from recipes.errors import CheckpointError
 
 _NOTES = ".conversion"
 _TASK = "task.json"
+
+
+def explained[**P, R](write: Callable[P, R]) -> Callable[P, R]:
+    """Let what writes a folder end in one sentence where the file system refuses.
+
+    Raises:
+        CheckpointError: the disk is full, the folder is read-only, ...
+    """
+
+    @functools.wraps(write)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return write(*args, **kwargs)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else "writing failed: "
+            reason = f"{where}{error.strerror or error}"
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            # torch's writer hides what the file system said.
+            reason = "writing failed, probably for want of space"
+        raise CheckpointError(f"{reason}; mend that, and the same command goes on") from None
+
+    return run
 
 
 class Work:

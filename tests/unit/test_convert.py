@@ -4,9 +4,11 @@ transformers, which runs in a process of its own, and come back bit for bit."""
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 from model.conversion import to_hf as to_hf_module
 from model.conversion.common import model_config
 from model.conversion.from_hf import from_hf
+from model.conversion.safetensors_files import INDEX, SafetensorsReader, write_file
 from model.conversion.table import LAYERS, Spec, pairs
 from model.conversion.to_hf import to_hf
 from model.conversion.torch_dist import TorchDistReader
@@ -346,6 +349,16 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"hidden_size": 64}, "of another shape"),
         ({"num_nextn_predict_layers": 2, "mtp_use_repeated_layer": False}, "missing: mtp.layers.2"),
         ({"num_nextn_predict_layers": 0}, "not in the model: mtp.layers"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers=4, but there are 6 layers in MEM.E-"),
+        ({"hybrid_override_pattern": "ME|M*E-"}, "is not made of M, *"),
+        ({"layers_block_type": 6}, "layers_block_type=6 .* it is not a list"),
+        ({"hidden_size": "48"}, 'hidden_size="48" .* not a whole number'),
+        ({"layer_norm_epsilon": "1e-5"}, "it is not a number"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1"),
+        ({"mtp_num_layers": 0}, "write one of 1 or more"),
+        ({"time_step_limit": [0.0]}, "not two numbers"),
+        ({"n_group": 4}, "best 2 experts"),
+        ({"quantization_config": {}}, "quantised weights"),
     ],
 )
 def test_what_megatron_cannot_express_is_refused(
@@ -396,6 +409,70 @@ def test_each_tensor_is_used_once(small: Path, tmp_path: Path):
     save_file(whole | twice, file)
     with pytest.raises(CheckpointError, match="1 not in the model: .*embeddings.weight"):
         from_hf(options(small, tmp_path / "native"), print)
+
+
+def test_weights_of_several_dtypes_keep_every_bit(small: Path, tmp_path: Path):
+    """What one tensor of Megatron's is made of has the widest of their dtypes there."""
+    whole = load_file(small / "model.safetensors")
+    narrow = {k: v.bfloat16() for k, v in whole.items() if "q_proj" in k or "experts.0." in k}
+    save_file(whole | narrow, small / "model.safetensors")
+    from_hf(options(small, tmp_path / "native"), print)
+    to_hf(options(tmp_path / "native", tmp_path / "hf"))
+    back = tensors(tmp_path / "hf")
+    assert all(torch.equal(back[k], v.to(back[k].dtype)) for k, v in (whole | narrow).items())
+    with fresh_world():
+        load(build(model_of(CONFIGURATIONS["all kinds, repeated MTP"])), tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file[:-1], "bytes, not"),
+        (lambda file: file[:5], "cannot be read"),
+        (lambda file: file[:7] + b"\x7f" + file[8:], "cannot be read"),
+        (lambda file: file.replace(b'"F32"', b'"F64"'), "is F64; .* F32, BF16, F16$"),
+        (lambda file: file.replace(b'"dtype"', b'"dtipe"'), "KeyError: 'dtype'"),
+        (lambda file: file.replace(b"[2,3]", b"[2,x]"), "cannot be read"),
+        (lambda file: file.replace(b"[2,3]", b"[2,4]"), "does not fit its shape"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(
+    tmp_path: Path, damage: Callable[[bytes], bytes], reason: str
+):
+    file = tmp_path / "model.safetensors"
+    write_file(file, [("x", torch.float32, (2, 3))], [torch.ones(2, 3)])
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"{file}.*{reason}"):
+        SafetensorsReader(tmp_path)
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path):
+    for text in ("[]", "{}", '{"weight_map": []}', "{"):
+        (tmp_path / INDEX).write_text(text)
+        with pytest.raises(CheckpointError, match=f"{INDEX} cannot be read"):
+            SafetensorsReader(tmp_path)
+    write_file(tmp_path / "model.safetensors", [], [])
+    with pytest.raises(CheckpointError, match="has both"):
+        SafetensorsReader(tmp_path)
+
+
+def test_what_the_file_system_refuses_is_one_sentence(small: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: Not a directory"):
+        from_hf(options(small, tmp_path / "file"), print)
+    from_hf(options(small, tmp_path / "native"), print)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as full a disk as any
+        with pytest.raises(CheckpointError, match="^writing failed"):
+            from_hf(options(small, tmp_path / "second"), print)
+        with pytest.raises(CheckpointError, match="^writing failed: File too large"):
+            to_hf(options(tmp_path / "native", tmp_path / "hf"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    from_hf(options(small, tmp_path / "second"), print)
+    to_hf(options(tmp_path / "native", tmp_path / "hf"))
+    assert tensors_equal(tmp_path / "hf", small)
 
 
 def test_other_names_that_transformers_wrote_are_read(small: Path, tmp_path: Path):
@@ -457,7 +534,7 @@ def test_a_killed_conversion_goes_on_where_it_was(
         written.append(path.name)
 
     monkeypatch.setattr(to_hf_module, "write_file", write)
-    with pytest.raises(OSError, match="no more"):
+    with pytest.raises(CheckpointError, match="no more"):
         to_hf(wanted)
     assert not (tmp_path / "hf" / "config.json").exists()
     with pytest.raises(CheckpointError, match="unfinished work of another command"):
