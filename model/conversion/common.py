@@ -5,12 +5,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from model.conversion.table import Pair, Shape
+from model.validate import validate_model
 from recipes.errors import CheckpointError, ConfigError
 from recipes.rules import above, at_least, one_of
 from recipes.schema import ConvertConfig, ModelConfig
@@ -104,10 +107,24 @@ def source_state(source: Path, files: Iterable[Path]) -> list[Any]:
     return [str(source.resolve()), [[s.st_size, s.st_mtime_ns] for s in states]]
 
 
-def model_config(saved: Mapping[str, Any]) -> ModelConfig:
-    """The model group of a saved recipe; keys of other versions are dropped."""
+def saved_model(checkpoint: Path, recipe: Mapping[str, Any]) -> ModelConfig:
+    """The model group of the recipe saved with a checkpoint; keys of other versions are dropped.
+
+    Raises:
+        CheckpointError: a value is missing or of the wrong type, or there is no such model.
+    """
     known = {f.name for f in fields(ModelConfig)}
-    return ModelConfig(**{k: v for k, v in saved.items() if k in known})
+    found = {k: v for k, v in recipe["model"].items() if k in known}
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), found)
+        model = cast(ModelConfig, OmegaConf.to_object(merged))
+        validate_model(model)
+    except (OmegaConfBaseException, ConfigError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"the recipe saved with {checkpoint} is no model: {reason}"
+        ) from error
+    return model
 
 
 def write_model(model: ModelConfig, folder: Path, recipe: Mapping[str, Any] | None = None) -> Path:

@@ -1,8 +1,10 @@
 """The mean of several checkpoints of a run, tensor by tensor."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from torch import Tensor
 from model.conversion.common import (
     compare,
     cut,
-    model_config,
     numel,
     report,
+    saved_model,
     source_state,
     write_model,
 )
@@ -30,9 +32,24 @@ from model.conversion.torch_dist import (
     saved_recipe,
 )
 from model.conversion.work import Work, explained
-from recipes.errors import ConfigError
+from recipes.errors import CheckpointError, ConfigError
 from recipes.rules import above, at_least, fail
-from recipes.schema import MergeConfig
+from recipes.schema import MergeConfig, ModelConfig
+
+_OF_TRAINING = (
+    "name",
+    "hybrid_layer_pattern",
+    "max_position_embeddings",
+    "moe_router_bias_update_rate",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "mtp_loss_scaling_factor",
+    "init_method_std",
+    "hidden_dropout",
+    "attention_dropout",
+)
+"""What two stages of one model may differ in; of the pattern, bounds of pipeline stages, since the
+tensors tell the layers."""
 
 
 def minus_sqrt_weights(count: int) -> list[float]:
@@ -68,7 +85,9 @@ def merge(options: MergeConfig) -> tuple[Path, list[tuple[Path, float]]]:
     weights = options.weights or minus_sqrt_weights(len(checkpoints))
     _check_weights(weights, checkpoints)
     recipe = saved_recipe(checkpoints[0])
-    model = model_config(recipe["model"])
+    model = saved_model(checkpoints[0], recipe)
+    for checkpoint in checkpoints[1:]:
+        _check_same(model, saved_model(checkpoint, saved_recipe(checkpoint)), checkpoint)
     plan = pairs(model)
     readers = [TorchDistReader(path, Checksums(path)) for path in checkpoints]
     for reader in readers:
@@ -125,6 +144,17 @@ def _checkpoints(options: MergeConfig) -> list[Path]:
     return [find_checkpoint(source) for source in sources]
 
 
+def _check_same(first: ModelConfig, other: ModelConfig, where: Path) -> None:
+    """Weights of the same shapes may be of models that compute otherwise."""
+    values = asdict(first)
+    for key, value in asdict(other).items():
+        if key not in _OF_TRAINING and value != values[key]:
+            raise CheckpointError(
+                f"{where} is of another model: {key}={json.dumps(value)} instead of "
+                f"{json.dumps(values[key])}; merge checkpoints of one model"
+            )
+
+
 def _check_weights(weights: Sequence[float], checkpoints: Sequence[Path]) -> None:
     if len(weights) != len(checkpoints):
         fail(
@@ -133,7 +163,7 @@ def _check_weights(weights: Sequence[float], checkpoints: Sequence[Path]) -> Non
             f"has {len(weights)} entries for {len(checkpoints)} checkpoints",
             "give one each, oldest first",
         )
-    if abs(sum(weights) - 1) > 1e-6:
+    if not abs(sum(weights) - 1) <= 1e-6:  # nor is NaN
         fail("merge.weights", list(weights), f"sums to {sum(weights):g}", "let it sum to 1")
 
 

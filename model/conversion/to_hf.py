@@ -1,6 +1,5 @@
 """A Megatron checkpoint -> a Hugging Face folder."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ from model.conversion.common import (
     check_options,
     compare,
     cut,
-    model_config,
     numel,
     report,
+    saved_model,
     task,
     wanted_dtype,
     write_json,
@@ -25,7 +24,7 @@ from model.conversion.config import check_expressible, config_json
 from model.conversion.quantized import Quantizer
 from model.conversion.safetensors_files import INDEX, SINGLE, write_file
 from model.conversion.table import Pair, pairs
-from model.conversion.tokenizer import copy_tokenizer, special_tokens
+from model.conversion.tokenizer import copy_tokenizer, read_json, special_tokens
 from model.conversion.torch_dist import (
     Checksums,
     TorchDistReader,
@@ -61,7 +60,7 @@ def to_hf(options: ConvertConfig) -> Path:
     source, target = check_options(options)
     checkpoint = find_checkpoint(source)
     recipe = saved_recipe(checkpoint)
-    model = model_config(recipe["model"])
+    model = saved_model(checkpoint, recipe)
     check_expressible(model, str(checkpoint))
     reader = TorchDistReader(checkpoint, Checksums(checkpoint) if options.verify else None)
     plan = pairs(model)
@@ -129,8 +128,7 @@ def _file_name(part: int, parts: int) -> str:
 
 def _former_config(checkpoint: Path) -> dict[str, Any]:
     """What the config.json an import came from says of matters that are not the model's."""
-    file = checkpoint / HF_EXTRAS / "config.json"
-    former = json.loads(file.read_text()) if file.exists() else {}
+    former = read_json(checkpoint / HF_EXTRAS / "config.json")
     return {key: former[key] for key in _KEPT if key in former}
 
 
@@ -138,9 +136,9 @@ def _tokenizer(options: ConvertConfig, checkpoint: Path, recipe: dict[str, Any])
     """The folder of the tokenizer: the given one, that of the import, or that of the run."""
     if options.tokenizer is not None:
         folder = Path(options.tokenizer).expanduser()
-        if not folder.is_dir():
+        if not any((folder / f"tokenizer.{kind}").exists() for kind in ("json", "model")):
             raise CheckpointError(
-                f"convert.tokenizer={folder} is not a folder; give one with tokenizer.json"
+                f"convert.tokenizer={folder} holds no tokenizer.json; give a folder that does"
             )
         return folder
     imported = checkpoint / HF_EXTRAS

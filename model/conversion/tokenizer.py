@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from recipes.errors import CheckpointError
+
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,14 +40,13 @@ def copy_extras(source: Path, target: Path) -> None:
 
 def special_tokens(folder: Path) -> dict[str, int | None]:
     """bos_token_id, eos_token_id and pad_token_id as the tokenizer has them; None: has none."""
-    config = _json(folder / "tokenizer_config.json")
-    tokenizer = _json(folder / "tokenizer.json")
+    config = read_json(folder / "tokenizer_config.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     if not tokenizer:
         return {}
-    ids = dict(tokenizer.get("model", {}).get("vocab", {}))
-    if not isinstance(tokenizer.get("model", {}).get("vocab"), dict):
-        ids = {}
-    ids |= {t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids |= {t["content"]: t["id"] for t in tokenizer.get("added_tokens") or []}
     result: dict[str, int | None] = {}
     for kind in _SPECIAL:
         token = config.get(f"{kind}_token")
@@ -54,5 +55,16 @@ def special_tokens(folder: Path) -> dict[str, int | None]:
     return result
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
+def read_json(file: Path) -> dict[str, Any]:
+    """The fields of a file; none if it is not there.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}; restore it") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no fields; restore it")
+    return found

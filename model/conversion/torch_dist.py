@@ -309,9 +309,12 @@ def saved_recipe(checkpoint: Path) -> dict[str, Any]:
         file = folder / "config.json"
         if file.exists():
             try:
-                return json.loads(file.read_text())
+                recipe = json.loads(file.read_text())
             except ValueError as error:
                 raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+            if not isinstance(recipe, dict) or not isinstance(recipe.get("model"), dict):
+                raise CheckpointError(f"{file} holds no recipe with a model; restore it")
+            return recipe
     raise CheckpointError(
         f"{checkpoint} has no config.json beside it or in its run directory, so its model is not "
         "known; restore it"

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.conversion import to_hf as to_hf_module
-from model.conversion.common import model_config
+from model.conversion.common import saved_model
 from model.conversion.from_hf import from_hf
 from model.conversion.safetensors_files import INDEX, SafetensorsReader, write_file
 from model.conversion.table import LAYERS, Spec, pairs
 from model.conversion.to_hf import to_hf
-from model.conversion.torch_dist import TorchDistReader
+from model.conversion.torch_dist import TorchDistReader, saved_recipe
 from model.pattern import parse_pattern
 from recipes.errors import CheckpointError, ConfigError
 from recipes.schema import ModelConfig
@@ -299,7 +299,7 @@ def test_what_transformers_makes_comes_in(
     said: list[str] = []
     from_hf(options(folder, tmp_path / "native"), said.append)
     assert len(said) == ("announcing" in name)
-    model = model_config(json.loads((tmp_path / "native" / "config.json").read_text())["model"])
+    model = saved_model(tmp_path / "native", saved_recipe(tmp_path / "native"))
     assert "/" not in model.hybrid_layer_pattern
     tokens = tokens_of(model)
     with fresh_world():
@@ -393,6 +393,32 @@ def test_what_hugging_face_cannot_express_is_refused(
     (native / "config.json").write_text(json.dumps(recipe))
     with pytest.raises(CheckpointError, match=reason):
         to_hf(options(native, tmp_path / "hf"))
+
+
+def test_a_damaged_description_is_refused_by_name(
+    exported: dict[str, dict[str, Any]], tmp_path: Path
+):
+    native = tmp_path / "native"
+    shutil.copytree(exported["experts at full width"]["native"], native)
+    file = native / "config.json"
+    good = json.loads(file.read_text())["model"]
+    for text, reason in (
+        ("{", "config.json is not valid JSON"),
+        ("[]", "config.json holds no recipe with a model"),
+        ('{"model": null}', "config.json holds no recipe with a model"),
+        (json.dumps({"model": good | {"hidden_size": None}}), "is no model: Incompatible value"),
+        (json.dumps({"model": good | {"mamba_num_groups": 3}}), "mamba_num_groups=3 does not"),
+    ):
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match=reason):
+            to_hf(options(native, tmp_path / "hf"))
+    file.write_text(json.dumps({"model": good}))
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(CheckpointError, match="holds no tokenizer.json"):
+        to_hf(options(native, tmp_path / "hf", tokenizer=str(tmp_path / "tokenizer")))
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer.json is not valid JSON"):
+        to_hf(options(native, tmp_path / "hf", tokenizer=str(tmp_path / "tokenizer")))
 
 
 def test_each_tensor_is_used_once(small: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.conversion.common import write_model
 from model.conversion.merge import merge, minus_sqrt_weights
 from model.conversion.table import pairs
 from model.conversion.torch_dist import TorchDistReader
@@ -90,6 +92,7 @@ def test_mistakes_are_explained(run: Path, tmp_path: Path):
     for changes, text in (
         ({"weights": [1.0]}, "has 1 entries for 3 checkpoints"),
         ({"weights": [1.0, 1.0, 1.0]}, "let it sum to 1"),
+        ({"weights": [1.0, math.nan, 0.0]}, "let it sum to 1"),
         ({"last": 1}, "merge.last=1"),
         ({"workers": 0}, "merge.workers=0"),
     ):
@@ -106,6 +109,15 @@ def test_mistakes_are_explained(run: Path, tmp_path: Path):
         merge(
             MergeConfig(
                 sources=[str(iterations(run)[0]), str(tmp_path / "other")], target=str(target)
+            )
+        )
+    # The same shapes, computed with otherwise.
+    shutil.copytree(iterations(run)[0], tmp_path / "top2")
+    write_model(model_of(FIELDS | {"moe_router_topk": 2}), tmp_path / "top2")
+    with pytest.raises(CheckpointError, match="top2 is of another model: moe_router_topk=2"):
+        merge(
+            MergeConfig(
+                sources=[str(iterations(run)[0]), str(tmp_path / "top2")], target=str(target)
             )
         )
     assert not target.exists()
