@@ -11,14 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import te_checkpoint
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from model.mamba_functions import Sizes
 from model.state_passing import ScanParameters, scan_segments
-from parallel.context import Segments, zigzag_segments
+from parallel.context import zigzag_segments
 
 
 class _Alone:
@@ -32,15 +34,15 @@ class StatePassingMixer(MambaMixer):
     """Megatron's mixer with the scan of state_passing.py: convolution halos and states cross
     ranks, tokens do not, and heads need not divide between ranks.
 
-    With selective recomputation, whatever its modules, the scan is computed again in the backward
-    pass: it keeps more than all else in the layer together.
+    With selective recomputation, whatever its modules, the mixer is computed again in the backward
+    pass and keeps nothing but its input: it would keep more than all other layers together.
     """
 
     def __init__(self, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
         alone = copy(pg_collection)
         alone.cp = _Alone()
         super().__init__(*args, pg_collection=alone, **kwargs)
-        self._context = pg_collection.cp
+        self._context, self._tensor = pg_collection.cp, pg_collection.tp
         self._recompute = self.config.recompute_granularity == "selective"
 
     def forward(
@@ -54,40 +56,33 @@ class StatePassingMixer(MambaMixer):
         """[l / cp, b, d] -> the same, in Megatron's zig-zag layout."""
         if inference_context is not None or inference_params is not None:
             raise NotImplementedError("parallel.mamba_context=state is for training")
+        documents = None if packed_seq_params is None else packed_seq_params.seq_idx
+        mix = partial(self._mix, documents=documents)
+        if not (self._recompute and self.training):
+            return mix(hidden_states)
+        if self.config.fp8 or self.config.fp4:
+            # Transformer Engine's keeps the recipe of the forward pass, as in Megatron's MoE layer.
+            return te_checkpoint(mix, False, get_cuda_rng_tracker, self._tensor, hidden_states)
+        return checkpoint(mix, False, hidden_states)
+
+    def _mix(
+        self, hidden_states: Tensor, *, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         zxbcdt_lbc, _ = self.in_proj(hidden_states)
         segments = zigzag_segments(self._context, self._context.size() * zxbcdt_lbc.shape[0])
-        documents = None if packed_seq_params is None else packed_seq_params.seq_idx
-        scan = partial(self._scan, segments=segments, documents=documents)
-        tensors = (
-            zxbcdt_lbc.transpose(0, 1).contiguous(),
+        parameters = ScanParameters(
             self.conv1d_weight.squeeze(1),
             self.conv1d_bias,
             self.dt_bias.float(),
             -torch.exp(self.A_log.float()),
             self.D,
+            Sizes(self.nheads_local_tp, self.headdim, self.ngroups_local_tp, self.d_state),
+            self.chunk_size,
         )
-        recompute = self._recompute and self.training
-        y = checkpoint(scan, False, *tensors) if recompute else scan(*tensors)
+        zxbcdt_blc = zxbcdt_lbc.transpose(0, 1).contiguous()
+        y = scan_segments(zxbcdt_blc, parameters, segments, documents)
         out, bias = self.out_proj(self.norm(y.transpose(0, 1).contiguous()))
         return out, bias
-
-    def _scan(
-        self,
-        zxbcdt_blc: Tensor,
-        conv_weight_cw: Tensor,
-        conv_bias_c: Tensor,
-        dt_bias_h: Tensor,
-        A_h: Tensor,
-        D_h: Tensor,
-        *,
-        segments: Segments,
-        documents: Tensor | None,
-    ) -> Tensor:
-        sizes = Sizes(self.nheads_local_tp, self.headdim, self.ngroups_local_tp, self.d_state)
-        parameters = ScanParameters(
-            conv_weight_cw, conv_bias_c, dt_bias_h, A_h, D_h, sizes, self.chunk_size
-        )
-        return scan_segments(zxbcdt_blc, parameters, segments, documents)
 
 
 class _WholePack:
