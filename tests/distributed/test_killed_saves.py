@@ -125,7 +125,7 @@ def killed(run: Path, background: bool, event: int | None = None, limit: int | N
     try:
         run_distributed(keep_saving, 1, run, background, event, limit)
     except RankError as error:
-        number = signal.SIGXFSZ if limit else signal.SIGKILL
+        number = signal.SIGKILL if limit is None else signal.SIGXFSZ
         assert f"exit code {-number}" in str(error), error
         return (run / "events").read_text().splitlines()[-1] if event is not None else "limit"
     return ""
@@ -197,6 +197,7 @@ def test_killed_at_chosen_phases(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some hundred starts
 @pytest.mark.parametrize("background", [False, True])
 def test_killed_before_each_event(
     background: bool, tmp_path: Path, undisturbed: dict[int, str]
