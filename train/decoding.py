@@ -37,7 +37,9 @@ def sampler(temperature: float, top_p: float, seed: int) -> Choose:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
-        probabilities = torch.softmax(logits.float().cpu() / temperature, -1)
+        # Largest first taken off: no temperature is so low that a quotient overflows.
+        scores = logits.double().cpu()
+        probabilities = torch.softmax((scores - scores.amax(-1, keepdim=True)) / temperature, -1)
         ordered, tokens = probabilities.sort(descending=True)
         # A token stays if those before it do not reach the share yet; the first always does.
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def generate(loaded: Loaded, checkpoint: Path, chosen: argparse.Namespace) -> in
     from train.decoding import Limits, decode, sampler
 
     _check(loaded, chosen)
-    tokenizer = build_tokenizer(_tokenizer(loaded, checkpoint))
+    tokenizer = build_tokenizer(_tokenizer(loaded, checkpoint, chosen.checkpoint))
     words = codec(tokenizer)
     prompts = [words.encode(prompt).tolist() for prompt in chosen.prompt]
     if not all(prompts):
@@ -99,8 +100,12 @@ def _check(loaded: Loaded, chosen: argparse.Namespace) -> None:
         )
     if not 0 < chosen.top_p <= 1:
         raise ConfigError(f"--top-p {chosen.top_p} must be above 0 and at most 1")
-    if chosen.temperature < 0 or chosen.tokens < 1 or chosen.speculate < 0:
+    if not 0 <= chosen.temperature < inf or chosen.tokens < 1 or chosen.speculate < 0:
         raise ConfigError("--temperature and --speculate must be 0 or more, --tokens 1 or more")
+    if chosen.thinking_budget is not None and chosen.thinking_budget < 0:
+        raise ConfigError(f"--thinking-budget {chosen.thinking_budget} must be 0 or more")
+    if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
+        raise ConfigError(f"--json {chosen.json} is in no folder that exists; make it first")
 
 
 def _speculated(loaded: Loaded, prompt: Any, tokenizer: Any, chosen: Any) -> dict[str, Any]:
@@ -134,8 +139,9 @@ def _show(chosen: argparse.Namespace, found: list[dict[str, Any]], words: "Codec
 
 def _native(path: Path, stack: ExitStack) -> Path:
     """The checkpoint itself, or the one made of a Hugging Face folder."""
-    config = path / "config.json"
-    if not config.exists() or "model_type" not in json.loads(config.read_text()):
+    from model.conversion.tokenizer import read_json
+
+    if "model_type" not in read_json(path / "config.json"):
         return path
     from model.conversion.from_hf import from_hf
 
@@ -143,8 +149,8 @@ def _native(path: Path, stack: ExitStack) -> Path:
     return from_hf(ConvertConfig(source=str(path), target=str(folder)), print)
 
 
-def _tokenizer(loaded: Loaded, checkpoint: Path) -> TokenizerConfig:
-    """Of the imported folder, or of the run."""
+def _tokenizer(loaded: Loaded, checkpoint: Path, given: Path) -> TokenizerConfig:
+    """Of the imported folder, or of the run; `given`: what the user named."""
     from model.conversion.common import HF_EXTRAS
     from model.conversion.torch_dist import find_checkpoint, saved_recipe
 
@@ -152,7 +158,8 @@ def _tokenizer(loaded: Loaded, checkpoint: Path) -> TokenizerConfig:
     if (imported / "tokenizer.json").exists():
         return TokenizerConfig(library="huggingface", path=str(imported))
     if "data" not in saved_recipe(find_checkpoint(checkpoint)):
-        raise CheckpointError(f"{checkpoint} has no tokenizer; put tokenizer.json into {imported}")
+        place = imported if given == checkpoint else given
+        raise CheckpointError(f"{given} has no tokenizer; put tokenizer.json into {place}")
     return loaded.recipe.data.tokenizer
 
 

@@ -1,6 +1,7 @@
 """Converting a run, and training on from what was converted, as a user does."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,37 @@ def test_a_run_is_merged_and_evaluated(data: Path, straight: Path, tmp_path: Pat
     assert [f"{float(w):.3f}" for _, w in losses[:2]] == ["0.707", "0.293"]
     assert float(losses[3][1]) == pytest.approx(records(straight)[-1]["validation_loss"], abs=1e-5)
     assert f"{tmp_path / 'merged'}" in said.splitlines()[-1]
+
+
+def killed(data: Path, words: tuple[str, ...], target: Path, parts: int) -> bool:
+    """Start a conversion and kill it once so many of its parts are written; whether that was in
+    the middle."""
+    command = convert(data, *words).start()
+    while command.poll() is None:
+        if len(list((target / ".conversion").glob("*.pickle"))) >= parts:
+            command.kill()
+            break
+    command.communicate()
+    return (target / ".conversion").exists() and command.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_conversion_survives_kill_9(data: Path, straight: Path, tmp_path: Path):
+    """Killed again and again, both ways, it ends with the bytes of one that was not."""
+    small = ("convert.shard_gigabytes=1e-5", "convert.workers=1")
+    for direction, source in (("to_hf", straight), ("from_hf", tmp_path / "whole_to_hf")):
+        whole, target = tmp_path / f"whole_{direction}", tmp_path / f"killed_{direction}"
+        convert(data, direction, str(source), str(whole), *small).run()
+        words = (direction, str(source), str(target), *small)
+        for parts in (1, 5, 15):
+            assert killed(data, words, target, parts), parts
+            assert not any((target / name).exists() for name in ("config.json", ".metadata"))
+        convert(data, *words).run()
+        assert not (target / ".conversion").exists()
+        files = {f.name for f in whole.iterdir() if f.is_file()} - {"conversion.json"}
+        assert files == {f.name for f in target.iterdir() if f.is_file()} - {"conversion.json"}
+        for name in (n for n in files if n.endswith((".safetensors", ".distcp"))):
+            assert (target / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_weights_of_another_model_are_refused(data: Path, straight: Path, tmp_path: Path):

@@ -1,14 +1,19 @@
 """Decoding with states and caches says what whole forward passes say."""
 
+import math
+from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from recipes.errors import ConfigError
 from tests.unit.conversion import build, logits, model_of, scramble, tokens_of
 from tests.unit.world import fresh_world
 from train.decoding import Limits, decode, greedy, sampler
+from train.generate import generate
 from train.speculative import speculate
 
 NEW = 12
@@ -118,3 +123,25 @@ def test_the_sampler_draws_from_the_distribution():
         expected /= expected.sum()
         assert (shares - expected).abs().max() < 0.015
     assert sampler(0.0, 1.0, 0) is greedy
+    for coldest in (1e-45, 1e-300):
+        assert not sampler(coldest, 1.0, seed=0)(scores).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"temperature": math.nan}, "--temperature and --speculate"),
+        ({"temperature": -1.0}, "--temperature and --speculate"),
+        ({"tokens": 0}, "--tokens 1 or more"),
+        ({"top_p": 0.0}, "--top-p 0.0 must be above 0"),
+        ({"thinking_budget": -1}, "--thinking-budget -1 must be 0 or more"),
+        ({"json": Path("/nowhere/texts.json")}, "in no folder that exists"),
+        ({"speculate": 2, "temperature": 1.0}, "decodes greedily"),
+    ],
+)
+def test_options_are_checked(changes: dict[str, Any], text: str):
+    plain = {"temperature": 0.0, "top_p": 1.0, "tokens": 1, "speculate": 0}
+    chosen = Namespace(**plain | {"thinking_budget": None, "json": None} | changes)
+    nothing: Any = None  # not looked at yet
+    with pytest.raises(ConfigError, match=text):
+        generate(nothing, Path(), chosen)
