@@ -8,6 +8,7 @@ nor megatron is imported. plan.md says what the numbers are worth.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from parallel.gpus import Gpu, gpu_named
@@ -19,7 +20,9 @@ from recipes.compose import run_cli
 from recipes.errors import ConfigError
 from recipes.rules import at_least
 from recipes.schema import ParallelConfig, Recipe
+from recipes.stages import mix_shares
 from recipes.tables import table
+from recipes.validate import lengths_apart
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,20 @@ def main(recipe: Recipe) -> int:
     at_least("plan.show", recipe.plan.show, 1)
     gpu = gpu_named(recipe.cluster.gpu)
     pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
-    work = work_of(recipe)
     if recipe.plan.search:
-        print(_search(recipe, pattern, work, gpu))
+        print(_search(recipe, pattern, work_of(recipe), gpu))
         return 0
     from model.validate import validate_recipe
 
-    layout = validate_recipe(recipe, recipe.plan.ranks, "cuda")
-    print(describe(make_plan(recipe, layout, pattern, work, gpu), pattern, work, gpu))
+    ranks = validate_recipe(recipe, recipe.plan.ranks, "cuda").world_size
+    plans = []
+    for own in lengths_apart(recipe).values():
+        work = work_of(own)
+        layout = validate_recipe(own, ranks, "cuda")
+        plans.append(make_plan(own, layout, pattern, work, gpu))
+        print(describe(plans[-1], pattern, work, gpu), end="\n\n")
+    if recipe.stage.mix:
+        print(_mixed(mix_shares(recipe.stage), plans))
     return 0
 
 
@@ -182,6 +191,20 @@ def describe(plan: Plan, pattern: Any, work: Work, gpu: Gpu) -> str:
             _time_table(plan),
         ]
     )
+
+
+def _mixed(shares: Sequence[Fraction], plans: Sequence[Plan]) -> str:
+    """What the steps of all lengths come to."""
+    seconds = sum(float(share) * plan.seconds for share, plan in zip(shares, plans, strict=True))
+    tokens = sum(
+        float(share) * plan.tokens_per_second * plan.seconds
+        for share, plan in zip(shares, plans, strict=True)
+    )
+    mix = " + ".join(
+        f"{float(share):.4g} of {plan.recipe.stage.sequence_length}"
+        for share, plan in zip(shares, plans, strict=True)
+    )
+    return f"steps of {mix}: {seconds:,.2f} s on average, {tokens / seconds:,.0f} tokens/s per GPU"
 
 
 def _memory_table(plan: Plan) -> str:

@@ -1,5 +1,6 @@
 """The planner against published counts and figures, and against itself where rules are simple."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -153,3 +154,20 @@ def test_an_unknown_gpu_is_refused() -> None:
         main(load_recipe(["experiment=tiny", "cluster.gpu=a100"]))
     with pytest.raises(ConfigError, match=r"plan.ranks"):
         main(load_recipe(["experiment=tiny", "plan.search=true"]))
+
+
+def test_every_length_of_a_mix_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    from parallel.plan import main
+
+    main(load_recipe(["experiment=nano_30b_a3b_stages", "run.stage=long_context"]))
+    printed = capsys.readouterr().out
+    sequences = [int(n) for n in re.findall(r"micro batch \d+, (\d+) sequences a step", printed)]
+    seconds = [float(s) for s in re.findall(r"predicted seconds per step +(\S+)", printed)]
+    last = printed.strip().splitlines()[-1]
+    shares = [float(s) for s in re.findall(r"([\d.]+) of \d", last)]
+    assert [int(n) for n in re.findall(r"\d of (\d+)", last)] == [524288, 4096]
+    mean = sum(share * one for share, one in zip(shares, seconds, strict=True))
+    tokens = shares[0] * sequences[0] * 524288 + shares[1] * sequences[1] * 4096
+    found = re.search(r"([\d.]+) s on average, ([\d,]+) tokens/s per GPU", last)
+    assert found and float(found[1]) == pytest.approx(mean, abs=0.02)
+    assert float(found[2].replace(",", "")) == pytest.approx(tokens / mean / 256, rel=1e-3)
