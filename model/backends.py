@@ -83,7 +83,9 @@ def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Bac
         cuda_runtime.install()
         solo.install()
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # Before anything asks the device: a rank must not open a context on another one's.
+        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        torch.cuda.set_device(int(local))
     counter = wire.install()
     emulated = [] if host else needs_emulation(formats, torch.cuda.get_device_capability())
     te_kind, te_version = install_transformer_engine(emulate=bool(emulated))
