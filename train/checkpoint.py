@@ -68,6 +68,14 @@ class TrainState:
         self.schedule.num_steps = self.progress.consumed_tokens - self.law_tokens
         self.schedule.step(increment=0)
 
+    def gather_parameters(self) -> None:
+        """Give every rank the whole of the last update, before its weights are read. With
+        `overlap_param_gather` it has only its own share of it until the next forward pass."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                with torch.no_grad():
+                    chunk.start_param_sync(force_sync=True)
+
 
 class Checkpointer:
     """Saves, finds, checks and loads checkpoints of one run directory."""
@@ -113,6 +121,7 @@ class Checkpointer:
         )
 
         self.wait()
+        state.gather_parameters()
         path = self.folder / f"iter_{state.progress.step:07d}"
         meta = {
             "progress": asdict(state.progress),

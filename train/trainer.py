@@ -297,6 +297,7 @@ class Trainer:
         if self.recipe.logging.log_params_hash:
             from train.hashes import parameters_hash
 
+            self.state.gather_parameters()
             record["params_hash"] = parameters_hash(self.state.chunks)
         return record
 

@@ -74,20 +74,21 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_two_ranks_train_and_one_goes_on(data: Path, straight: Path, tmp_path: Path) -> None:
+    """Stopped between an update and the forward pass that would have gathered it: the checkpoint
+    must hold all of the update."""
     run = tmp_path / "run"
-    train(
-        data,
-        run,
-        "parallel.data_parallel_size=2",
-        "stage.train_steps=6",
-        "optimizer.lr_schedule_tokens=3072",
-    ).run()
+    overlapped = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+    process = train(data, run, "parallel.data_parallel_size=2", *overlapped).start()
+    wait_for_step(process, run, 3)
+    end_with(process, signal.SIGTERM, code=3)
+    stopped = len(records(run))
+    assert 3 <= stopped < STEPS
     assert {p.name for p in (run / "logs").iterdir()} >= {"rank0.log", "rank1.log"}
-    output = train(data, run, "optimizer.lr_schedule_tokens=3072").run()
-    assert "layout changed" in output and "resumed at step 6" in output
+    output = train(data, run).run()
+    assert "layout changed" in output and f"resumed at step {stopped}" in output
     # Other sums in another order: BF16 rounding, not bits.
     for ours, theirs in zip(records(run), records(straight), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_named(data: Path, straight: Path, tmp_path: Path) -> None:
