@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from model.conversion.table import mtp_blocks
 from model.pattern import parse_pattern
 from model.validate import validate_model
+from recipes.compose import choices
 from recipes.errors import CheckpointError, ConfigError
 from recipes.schema import ModelConfig
 
@@ -300,6 +301,10 @@ def _number(file: Path, config: dict[str, Any], name: str, least: int = 0) -> An
 
 
 def _name(folder: Path) -> str:
-    """A name for tables and recipe files, from the folder's."""
-    name = "".join(c if c.isalnum() else "_" for c in folder.resolve().name.lower())
-    return name.strip("_") or "imported"
+    """A name for tables and recipe files, from the folder's: a word that an override can have as
+    its value and no shipped recipe has."""
+    text = folder.resolve().name.lower()
+    name = "".join(c if c.isascii() and c.isalnum() else "_" for c in text).strip("_")
+    if name[:1].isalpha() and name not in choices("model"):
+        return name
+    return f"imported_{name}".strip("_")

@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.conversion import to_hf as to_hf_module
-from model.conversion.common import saved_model
+from model.conversion.common import saved_model, write_model
+from model.conversion.config import read_model_config
 from model.conversion.from_hf import from_hf
 from model.conversion.safetensors_files import INDEX, SafetensorsReader, write_file
 from model.conversion.table import LAYERS, Spec, pairs
 from model.conversion.to_hf import to_hf
 from model.conversion.torch_dist import TorchDistReader, saved_recipe
 from model.pattern import parse_pattern
+from recipes.compose import load_recipe
 from recipes.errors import CheckpointError, ConfigError
 from recipes.schema import ModelConfig
 from tests.unit.conversion import (
@@ -574,6 +576,25 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert tensors_equal(tmp_path / "hf", tmp_path / "straight")
     with pytest.raises(CheckpointError, match="is not empty"):
         to_hf(wanted)
+
+
+def test_an_imported_model_has_a_name_one_can_choose(
+    exported: dict[str, dict[str, Any]], tmp_path: Path
+):
+    config = exported["Mamba alone, one group"]["hf"] / "config.json"
+    for folder, name in (
+        ("Super-v1.5", "super_v1_5"),
+        ("tiny", "imported_tiny"),
+        ("123", "imported_123"),
+        ("größe", "gr__e"),
+        ("--", "imported"),
+    ):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(config, tmp_path / folder / "config.json")
+        model = read_model_config(tmp_path / folder)
+        assert model.name == name
+    recipes = write_model(model, tmp_path)
+    assert load_recipe(["experiment=tiny", f"model={name}"], recipes).model.name == name
 
 
 def test_options_are_checked(tmp_path: Path):
