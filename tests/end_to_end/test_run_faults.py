@@ -137,6 +137,7 @@ def test_data_that_is_lost(harm: str, data: Path, tmp_path: Path, undisturbed: P
     goes_on(command, run, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_commands_in_one_directory(data: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = train(data, run, "checkpoint.save_interval=2")
