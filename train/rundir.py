@@ -97,6 +97,27 @@ def check(recipe: Recipe) -> list[str]:
     return list(lines.values())
 
 
+def check_model(recipe: Recipe) -> None:
+    """Whether the run of this directory trained the recipe's model; stages may cut it elsewhere.
+
+    Raises:
+        ConfigError: another model; the keys that differ are named.
+    """
+    folder = Path(recipe.run.dir)
+    with usable(folder):
+        trained = json.loads((folder / "config.json").read_text())["model"]
+    new = asdict(recipe.model)
+    old = asdict(Recipe().model) | trained
+    for model in (old, new):
+        model["hybrid_layer_pattern"] = model["hybrid_layer_pattern"].replace("|", "")
+    lines = [f"model.{k}: {old.get(k)} -> {new[k]}" for k in new if new[k] != old.get(k)]
+    if lines:
+        raise ConfigError(
+            f"run.dir={folder} holds another model ({'; '.join(lines)}); give the recipe it was "
+            "trained with"
+        )
+
+
 def steps_done(folder: Path) -> int:
     """Steps up to the newest checkpoint."""
     latest = folder / "checkpoints" / "latest"

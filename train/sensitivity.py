@@ -78,7 +78,7 @@ def run(recipe: Recipe) -> int:
 
     Raises:
         CheckpointError: there is no checkpoint, or it does not fit.
-        ConfigError: the recipe quantises nothing, or there is no held-out text.
+        ConfigError: the recipe quantises nothing, is of another model, or has no held-out text.
     """
     batches = 2 * recipe.sensitivity.batches
     return in_world(replace(recipe, stage=replace(recipe.stage, eval_steps=batches)), _measure)
@@ -106,6 +106,7 @@ def _measure(
         raise CheckpointError(
             f"run.dir={folder} has no checkpoint; train it first, in any precision"
         )
+    rundir.check_model(recipe)
     if first:
         print(backends, flush=True)
     on_first_rank(lambda: check_data(recipe))

@@ -44,6 +44,19 @@ def test_a_key_younger_than_the_run_had_its_default(tmp_path: Path) -> None:
         prepared(tmp_path, "precision.disable_rht=true")
 
 
+def test_the_model_of_a_run_is_asked_for_by_what_reads_its_checkpoint(tmp_path: Path) -> None:
+    """One of other weights, and one whose weights would fit."""
+    prepared(tmp_path)
+
+    def check(*overrides: str) -> None:
+        rundir.check_model(load_recipe(["experiment=tiny", f"run.dir={tmp_path}", *overrides]))
+
+    check("precision=nvfp4", "model.hybrid_layer_pattern=ME|MEM*|EME/*E/*E")
+    for key, value in (("hidden_size", 256), ("moe_router_topk", 1)):
+        with pytest.raises(ConfigError, match=rf"another model \(model.{key}: \d+ -> {value}\)"):
+            check(f"model.{key}={value}")
+
+
 def test_metrics_of_nobody(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="holds metrics of a run without its config.json"):
