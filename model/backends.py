@@ -70,7 +70,7 @@ def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Bac
     import torch
 
     from model.mamba_ssm_standin import install as install_mamba_ssm
-    from parallel import cuda_runtime, solo, wire
+    from parallel import cuda_runtime, solo, uneven, wire
     from parallel.device import choose_device
     from parallel.host_memory import keep_freed_memory
     from precision.backend import install_transformer_engine, needs_emulation
@@ -82,6 +82,7 @@ def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Bac
         keep_freed_memory()
         cuda_runtime.install()
         solo.install()
+        uneven.install()
     else:
         # Before anything asks the device: a rank must not open a context on another one's.
         local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
