@@ -114,7 +114,8 @@ def _compose(
     ]
     words += [f"{group}={choice}" for group, choice in (chosen or {}).items()]
     if folder:
-        words.append(f"hydra.searchpath=['{folder.as_uri()}']")
+        # Not as_uri: Hydra takes %20 for three characters, and goes on without the folder.
+        words.append(f"hydra.searchpath=[{quoted(f'file://{folder}')}]")
     with _explained(folder):
         with initialize_config_module("recipes", version_base="1.3"):
             composed = compose("config", overrides=words)
@@ -200,6 +201,12 @@ def points(overrides: Sequence[str]) -> dict[str, list[str]]:
             raise ConfigError(f"two points of the sweep would be called {name}; give other values")
         found[name] = [override for override, _ in point]
     return found
+
+
+def quoted(text: str) -> str:
+    """A text as a value of an override, whatever its characters are in Hydra's grammar."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -233,12 +233,14 @@ def saved_recipe(config: dict[str, Any]) -> Recipe:
     return cast(Recipe, OmegaConf.to_object(merged))
 
 
-def saved_steps(config: dict[str, Any]) -> int:
-    """Steps of a whole run by what it has written down."""
+def saved_length(config: dict[str, Any]) -> tuple[int, int]:
+    """Steps and tokens of a whole run by what it has written down."""
     if config.get("stages"):
-        return spans(saved_recipe(config))[-1].end
-    stage = OmegaConf.merge(OmegaConf.structured(StageConfig), config["stage"])
-    return train_steps(cast(StageConfig, OmegaConf.to_object(stage)))
+        last = spans(saved_recipe(config))[-1]
+        return last.end, last.first_tokens + stage_length(last.recipe.stage)
+    merged = OmegaConf.merge(OmegaConf.structured(StageConfig), config["stage"])
+    stage = cast(StageConfig, OmegaConf.to_object(merged))
+    return train_steps(stage), stage_length(stage)
 
 
 def _changed(recipe: Recipe, name: str, changes: dict[str, Any]) -> Recipe:

@@ -6,6 +6,7 @@ only: it must also say something where little else works.
 
 import argparse
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -30,8 +31,13 @@ def main() -> int:
 def problems(limits: argparse.Namespace) -> Iterator[str]:
     """What is wrong with this node, a phrase each."""
     skew = time.time() - limits.time
-    # Starting the check takes a while, so a clock that is ahead has a minute more.
-    if not -limits.max_clock_skew_seconds <= skew <= limits.max_clock_skew_seconds + 60:
+    # Starting the check takes a while, the import of a container minutes: a clock that is ahead
+    # cannot be told from a late start.
+    if (
+        not -limits.max_clock_skew_seconds
+        <= skew
+        <= (limits.max_clock_skew_seconds + limits.timeout_seconds)
+    ):
         yield f"clock differs by {skew:.0f} s"
     for folder in limits.disk:
         try:
@@ -63,6 +69,10 @@ GPU_FIELDS = (
 )
 """What nvidia-smi is asked for."""
 
+_BROKEN = re.compile(r"err!|unknown|reset|lost", re.IGNORECASE)
+"""What it writes instead of a number of a GPU that does not answer (`[Unknown Error]`, `ERR!`,
+`[GPU requires reset]`, `[GPU is lost]`). `[N/A]` and `[Not Supported]` only say it has none."""
+
 
 def gpu_problems(limits: argparse.Namespace) -> Iterator[str]:
     """What nvidia-smi says against the GPUs."""
@@ -78,12 +88,18 @@ def gpu_problems(limits: argparse.Namespace) -> Iterator[str]:
         yield f"nvidia-smi: {error}"
         return
     if done.returncode:
-        yield f"nvidia-smi: {(done.stdout + done.stderr).strip().splitlines()[0]}"
+        said = (done.stdout + done.stderr).strip() or f"exit code {done.returncode}"
+        yield f"nvidia-smi: {said.splitlines()[0]}"
         return
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line]
     if len(rows) != limits.gpus:
         yield f"{len(rows)} GPUs instead of {limits.gpus}"
-    for index, temperature, memory, errors, slow in rows:
+    for row in rows:
+        unknown = [cell for cell in row if _BROKEN.search(cell)]
+        if unknown or len(row) != len(GPU_FIELDS):
+            yield f"nvidia-smi says of GPU {row[0]}: {', '.join(unknown or row)}"
+            continue
+        index, temperature, memory, errors, slow = row
         if _number(temperature) > limits.max_gpu_temperature:
             yield f"GPU {index} has {temperature} C, more than {limits.max_gpu_temperature:g}"
         if _number(memory) * 2**20 / 1e6 > limits.max_gpu_memory_used_mb:
@@ -108,6 +124,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--disk", nargs="*", default=[], help="folders that need free space")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs the node must have")
     parser.add_argument("--time", type=float, default=time.time(), help="clock of the first node")
+    parser.add_argument("--timeout-seconds", type=float, default=60, help="longest start")
     parser.add_argument("--min-free-disk-gb", type=float, default=0)
     parser.add_argument("--min-free-memory-gb", type=float, default=0)
     parser.add_argument("--max-clock-skew-seconds", type=float, default=10)

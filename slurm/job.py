@@ -1,5 +1,6 @@
 """What a job is: the numbers and paths its script is rendered from."""
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from recipes.schema import ClusterConfig
 PROJECT = Path(__file__).resolve().parents[1]
 """Where Strata's packages are, on a file system that every node sees."""
 
+_EXCLUDE = re.compile(r"(?:--exclude(?:=|\s+)|-x\s*)(.+)")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -22,6 +25,8 @@ class Run:
     """Run directory, absolute."""
     recipe: Path
     """Folder that holds the resolved recipe as experiment/submitted.yaml."""
+    steps: int
+    """Steps of the whole run."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,22 @@ class Job:
     project: Path = PROJECT
     bad_nodes: list[str] = field(default_factory=list)
     """Nodes an earlier submission found bad."""
+
+    @property
+    def own_excluded(self) -> list[str]:
+        """Nodes that options of cluster.sbatch exclude, as Slurm writes lists of them."""
+        found = (_EXCLUDE.fullmatch(option) for option in self.cluster.sbatch)
+        return [match[1].strip("\"'") for match in found if match]
+
+    @property
+    def excluded(self) -> list[str]:
+        """Nodes the job must not have: of two --exclude Slurm takes the last alone."""
+        return [*self.own_excluded, *self.bad_nodes]
+
+    @property
+    def options(self) -> list[str]:
+        """What else cluster.sbatch says."""
+        return [option for option in self.cluster.sbatch if not _EXCLUDE.fullmatch(option)]
 
     @property
     def ranks(self) -> int:

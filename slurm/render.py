@@ -22,6 +22,8 @@ def render(template: str, **values: object) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    # What follows a line break would be a command.
+    environment.filters["comment"] = lambda text: "\n# ".join(str(text).splitlines())
     return environment.get_template(template).render(**values)
 
 

@@ -1,5 +1,6 @@
 """`python -m slurm.status run.dir=...`: how a run is doing, from its directory and the queue."""
 
+import contextlib
 import datetime
 import json
 import statistics
@@ -10,13 +11,13 @@ from typing import Any
 from recipes.compose import run_cli
 from recipes.errors import ConfigError
 from recipes.schema import Recipe
-from recipes.stages import saved_steps
+from recipes.stages import saved_length
 from recipes.tables import table
 from slurm import client
 from slurm.submit import submitted
 
 _RECENT = 20
-"""Steps whose median time tells how long the rest takes."""
+"""Steps whose median speed tells how long the rest takes."""
 
 
 def main(recipe: Recipe) -> int:
@@ -32,8 +33,7 @@ def main(recipe: Recipe) -> int:
     jobs = submitted(folder)
     if not jobs and not (folder / "config.json").exists():
         raise ConfigError(f"run.dir={folder} holds no run; give that of slurm.submit or of train")
-    queue = client.queued(jobs[-1]) if jobs else []
-    for name, text in status(folder, jobs, queue):
+    for name, text in status(folder, jobs, _queue(jobs)):
         print(f"{name:<11}{text}")
     events = _lines(folder / "slurm" / "chain.jsonl")
     if events:
@@ -46,21 +46,32 @@ def overview(arms: list[Path]) -> str:
     rows: list[tuple[str, ...]] = [("run", "step", "loss", "speed", "state")]
     for arm in arms:
         jobs = submitted(arm)
-        said = dict(status(arm, jobs, client.queued(jobs[-1]) if jobs else []))
+        said = dict(status(arm, jobs, _queue(jobs)))
         rows.append((arm.name, *(said.get(name, "") for name in rows[0][1:])))
     return table(rows, left=(0, 4))
 
 
-def status(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+def _queue(jobs: list[str]) -> list[dict[str, str]] | str:
+    """What squeue says about the newest job, or why it says nothing."""
+    try:
+        return client.queued(jobs[-1]) if jobs else []
+    except ConfigError as error:
+        return str(error)
+
+
+def status(
+    folder: Path, jobs: list[str], queue: list[dict[str, str]] | str
+) -> Iterator[tuple[str, str]]:
     """Name and text of each line.
 
     Args:
         jobs: numbers of the submitted jobs, the newest last.
-        queue: what squeue says about the newest (slurm.client.queued).
+        queue: what squeue says about the newest (slurm.client.queued), or why it does not.
     """
     yield "run", str(folder)
     yield "state", _state(folder, jobs, queue)
-    records, steps = _lines(folder / "metrics.jsonl"), _steps(folder)
+    records = _lines(folder / "metrics.jsonl")
+    steps, tokens = _length(folder) or (None, 0)
     if records:
         last = records[-1]
         of = f" of {steps} ({last['step'] / steps:.0%})" if steps else ""
@@ -69,13 +80,18 @@ def status(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> Iterat
         yield "loss", f"{last['loss']:.4f}" if last["loss"] is not None else "not finite"
         yield "speed", f"{last['tokens_per_second']:,.0f} tokens/s"
         if steps and last["step"] < steps:
-            second = statistics.median(r["seconds"] for r in records[-_RECENT:])
-            yield "left", f"{duration(second * (steps - last['step']))} of training"
+            # By tokens: steps of other lengths and stages take longer or shorter.
+            speed = statistics.median(r["tokens_per_second"] for r in records[-_RECENT:])
+            yield "left", f"{duration((tokens - last['tokens']) / speed)} of training"
     else:
         yield "step", f"none of {steps} yet" if steps else "none yet"
     latest = _text(folder / "checkpoints" / "latest")
     yield "checkpoint", latest or "none yet"
-    yield "strikes", f"{_text(folder / 'strikes') or 0} failures in a row without a new checkpoint"
+    strikes = _text(folder / "strikes")
+    yield (
+        "strikes",
+        f"{strikes if strikes.isdecimal() else 0} failures in a row without a new checkpoint",
+    )
     bad = [line.replace("\t", ": ") for line in _text(folder / "bad-nodes").splitlines()]
     if bad:
         yield "bad nodes", "; ".join(bad)
@@ -100,8 +116,8 @@ def duration(seconds: float) -> str:
     return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
 
 
-def _state(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> str:
-    if queue:
+def _state(folder: Path, jobs: list[str], queue: list[dict[str, str]] | str) -> str:
+    if queue and not isinstance(queue, str):
         mine = queue[0]
         where = f" on {mine['nodes']}" if mine["nodes"] else ""
         if mine["state"] == "RUNNING":
@@ -119,27 +135,35 @@ def _state(folder: Path, jobs: list[str], queue: list[dict[str, str]]) -> str:
         return "not submitted to Slurm from this directory"
     if not client.available("squeue"):
         return f"unknown: job {jobs[-1]} cannot be asked for, there is no squeue on this machine"
-    if events and events[-1]["event"] == "end":
-        return f"ended: {events[-1]['reason']}"
+    if queue:
+        return f"unknown: {queue}"
+    own = [e for e in events if jobs[-1] in (e["task"], e["job"])]
+    if own and own[-1]["event"] == "end":
+        return f"ended: {own[-1]['reason']}"
+    if state := client.accounted(jobs[-1]):
+        return f"ended: job {jobs[-1]} is {state} by sacct; its script did not say why"
     return f"ended: job {jobs[-1]} is not in the queue and its script did not say why"
 
 
-def _steps(folder: Path) -> int | None:
-    """Steps of the whole run."""
+def _length(folder: Path) -> tuple[int, int] | None:
+    """Steps and tokens of the whole run; None: it has not begun."""
     config = folder / "config.json"
-    if not config.exists():
-        return None
-    return saved_steps(json.loads(config.read_text()))
+    return saved_length(json.loads(config.read_text())) if config.exists() else None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file of JSON lines; none if there is no file."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+    """Whole lines of a file of JSON lines; none if there is no file. What a crash of the machine
+    has damaged is left out."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    found = []
+    for line in text.split("\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def _text(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text(errors="replace").strip() if path.exists() else ""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the recipe as it is resolved now; recipes that change later do not reach it.
 """
 
 import copy
+import re
 import shlex
 import shutil
 import sys
@@ -13,7 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel.layout import Layout
-from recipes.compose import MULTIRUN, load_recipe, points, run_cli, split_arguments, to_yaml
+from recipes.compose import (
+    MULTIRUN,
+    load_recipe,
+    points,
+    quoted,
+    run_cli,
+    split_arguments,
+    to_yaml,
+)
 from recipes.errors import ConfigError, DataError
 from recipes.rules import fail
 from recipes.schema import Recipe
@@ -44,12 +53,17 @@ def main(recipe: Recipe) -> int:
         )
     recipes, folder = _runs(recipe)
     layouts = [_check(r) for r in recipes.values()]
-    number = 1 + max((int(p.name) for p in folder.glob("slurm/[0-9]*")), default=0)
+    for r in recipes.values():
+        _check_folder(r.run.dir)
+    number = 1 + max((int(p.name) for p in submissions(folder)), default=0)
     place = folder / "slurm" / str(number)
-    runs = [Run(name, Path(r.run.dir).resolve(), place / name) for name, r in recipes.items()]
+    runs = [
+        Run(name, Path(r.run.dir).resolve(), place / name, spans(r)[-1].end)
+        for name, r in recipes.items()
+    ]
     nodes, per_node = _one_shape(recipes, layouts)
     job = Job(
-        name=f"strata-{folder.name}",
+        name=f"strata-{re.sub(r'[^\w.+-]+', '-', folder.name, flags=re.ASCII)}",
         folder=place,
         cluster=recipe.cluster,
         runs=runs,
@@ -57,7 +71,7 @@ def main(recipe: Recipe) -> int:
         ranks_per_node=per_node,
         command=shlex.join(["python", "-m", "slurm.submit", *sys.argv[1:]]),
         working_folder=Path.cwd(),
-        bad_nodes=bad_nodes(folder),
+        bad_nodes=bad_nodes(folder, *(run.folder for run in runs)),
     )
     planned = f"{nodes} nodes x {per_node} ranks; {layouts[0]}"
     if recipe.stages:
@@ -67,8 +81,8 @@ def main(recipe: Recipe) -> int:
         _say_what_is_missing(recipes)
         print(job_script(job), end="")
         return 0
-    _check_ready(folder, recipes, recipe.cluster.dependency)
-    _write(job, recipes)
+    waits = _check_ready(folder, recipes, recipe.cluster.dependency)
+    _write(job, recipes, clean=not waits)
     number_of_job = _queue(job, "job.sh")
     print(f"job {number_of_job}: {place}/job.sh\n{planned}")
     if _compared(recipe):
@@ -78,11 +92,21 @@ def main(recipe: Recipe) -> int:
     return 0
 
 
-def bad_nodes(folder: Path) -> list[str]:
-    """Nodes an earlier job of this run found bad."""
-    path = folder / "bad-nodes"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return sorted({line.split("\t")[0] for line in lines if line})
+def bad_nodes(*folders: Path) -> list[str]:
+    """Nodes an earlier job of these runs found bad."""
+    files = [folder / "bad-nodes" for folder in folders]
+    lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+    return sorted({line.split()[0] for line in lines if line.strip()})
+
+
+def _check_folder(run_dir: str) -> None:
+    if re.search(r"[\\\x00-\x1f\x7f]", str(Path(run_dir).resolve())):
+        fail(
+            "run.dir",
+            repr(run_dir),
+            "has a backslash or a control character, which Slurm does not take in a path",
+            "choose another folder",
+        )
 
 
 def _runs(recipe: Recipe) -> tuple[dict[str, Recipe], Path]:
@@ -104,9 +128,8 @@ def _runs(recipe: Recipe) -> tuple[dict[str, Recipe], Path]:
         raise ConfigError(
             "run.dir is one folder for the whole sweep; leave several values to others"
         )
-    place = "run.dir={}/arms/{}".format
     return {
-        name: load_recipe([*point, place(folder, name)], config_dir)
+        name: load_recipe([*point, f"run.dir={quoted(f'{folder}/arms/{name}')}"], config_dir)
         for name, point in found.items()
     }, folder
 
@@ -213,7 +236,8 @@ def _say_what_is_missing(recipes: dict[str, Recipe]) -> None:
         print("would be refused now: there is no sbatch on this machine", file=sys.stderr)
 
 
-def _check_ready(folder: Path, recipes: dict[str, Recipe], dependency: str | None) -> None:
+def _check_ready(folder: Path, recipes: dict[str, Recipe], dependency: str | None) -> bool:
+    """Whether the job waits for an earlier one of this run."""
     if not client.available():
         raise ConfigError(
             "there is no sbatch on this machine; submit where Slurm is, or use dry_run=true"
@@ -224,27 +248,40 @@ def _check_ready(folder: Path, recipes: dict[str, Recipe], dependency: str | Non
     if len(recipes) == 1:
         complete = Path(next(iter(recipes.values())).run.dir) / "complete"
         steps = spans(next(iter(recipes.values())))[-1].end
-        if complete.exists() and int(complete.read_text()) >= steps:
+        done = complete.read_text().strip() if complete.exists() else ""
+        if done.isdecimal() and int(done) >= steps:
             raise ConfigError(
-                f"run.dir={folder} is complete at step {complete.read_text().strip()}; give a "
+                f"run.dir={folder} is complete at step {done}; give a "
                 "larger stage.train_steps to extend it"
             )
-    for job in submitted(folder):
-        if client.queued(job) and dependency is None:
+    jobs = submitted(folder)
+    for recipe in recipes.values():  # a run of an array may have been submitted alone
+        jobs += [j for j in submitted(Path(recipe.run.dir)) if j.split("_")[0] not in jobs]
+    waiting = [job for job in jobs if client.queued(job)]
+    named = set(re.findall(r"\d+|singleton", dependency or ""))
+    for job in waiting:
+        if not {job.split("_")[0], "singleton"} & named:
             raise ConfigError(
                 f"job {job} of run.dir={folder} is not over; scancel {job}, or queue this one "
                 f"after it with cluster.dependency=afterany:{job}"
             )
+    return bool(waiting)
+
+
+def submissions(folder: Path) -> list[Path]:
+    """Folders of the submissions of a run, oldest first."""
+    found = [path for path in folder.glob("slurm/[0-9]*") if re.fullmatch("[0-9]+", path.name)]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def submitted(folder: Path) -> list[str]:
     """Numbers of the jobs submitted for a run directory, oldest first."""
-    files = sorted(folder.glob("slurm/[0-9]*/job-id"), key=lambda p: int(p.parent.name))
-    return [file.read_text().strip() for file in files]
+    files = [path / "job-id" for path in submissions(folder)]
+    return [text for file in files if file.exists() and (text := file.read_text().strip())]
 
 
-def _write(job: Job, recipes: dict[str, Recipe]) -> None:
-    """Everything the job reads, and a clean slate for the chain."""
+def _write(job: Job, recipes: dict[str, Recipe], clean: bool) -> None:
+    """Everything the job reads; with `clean`, a clean slate for the chain: no other job has it."""
     from train.rundir import usable
 
     with usable(job.folder):
@@ -260,7 +297,7 @@ def _write(job: Job, recipes: dict[str, Recipe]) -> None:
             )
             run.folder.mkdir(parents=True, exist_ok=True)
             # What ended the chain before is the user's to judge, and he has.
-            for name in ("strikes", "stopped", "complete", "waiting", "slurm/begun"):
+            for name in ("strikes", "stopped", "complete", "waiting", "slurm/begun") * clean:
                 (run.folder / name).unlink(missing_ok=True)
         (job.folder / "job.sh").write_text(job_script(job))
 
@@ -282,12 +319,23 @@ def _queue(job: Job, script: str, *options: str) -> str:
 
 
 def _queue_report(job: Job, recipe: Recipe, folder: Path, array: str) -> str:
-    runs = ",".join(str(run.folder) for run in job.runs)
-    arguments = [f"compare.runs=[{runs}]", f"compare.budget={recipe.compare.budget}"]
+    runs = ",".join(quoted(str(run.folder)) for run in job.runs)
+    arguments = [
+        f"compare.runs=[{runs}]",
+        f"compare.budget={recipe.compare.budget}",
+        f"run.dir={quoted(str(folder))}",
+    ]
     last = replace(job, name=f"{job.name}-report", runs=job.runs[:1])
-    (job.folder / "report.sh").write_text(report_script(last, [*arguments, f"run.dir={folder}"]))
+    (job.folder / "report.sh").write_text(report_script(last, arguments))
     # Not afterok: a run that a guard stopped is judged too, and the report names one that failed.
-    return _queue(job, "report.sh", f"--dependency=afterany:{array}")
+    try:
+        return _queue(job, "report.sh", f"--dependency=afterany:{array}")
+    except ConfigError as error:
+        command = shlex.join(["python", "-m", "train.compare", *arguments])
+        raise ConfigError(
+            f"the runs are queued as job {array}, but not their report: {error}; or run, when "
+            f"they have ended: {command}"
+        ) from error
 
 
 if __name__ == "__main__":

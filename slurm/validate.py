@@ -5,6 +5,12 @@ import re
 from recipes.rules import at_least, fail, one_of
 from recipes.schema import ClusterConfig
 
+_OF_THE_JOB = {
+    *("--array", "--dependency", "--no-requeue", "--nodes", "--ntasks", "--ntasks-per-node"),
+    *("--open-mode", "--output", "--signal", "--time", "-N", "-a", "-d", "-n", "-o", "-t"),
+}
+"""Options without which the chain would not work; of two Slurm takes the last."""
+
 
 def validate_cluster(cluster: ClusterConfig) -> None:
     """Check what only a submission needs.
@@ -40,14 +46,40 @@ def validate_cluster(cluster: ClusterConfig) -> None:
             f"is not shorter than cluster.time_limit={cluster.time_limit} ({limit} seconds)",
             "warn later or ask for more time",
         )
+    if cluster.warning_seconds > 65535:
+        fail(
+            "cluster.warning_seconds",
+            cluster.warning_seconds,
+            "is more than 65535",
+            "Slurm has no more",
+        )
+    for name in ("partition", "account", "qos", "memory_per_node", "dependency"):
+        _one_line(f"cluster.{name}", getattr(cluster, name))
     _container(cluster)
     _health(cluster)
     for i, variable in enumerate(cluster.environment):
         if not re.fullmatch(r"[A-Za-z_]\w*", variable.name):
             fail(f"cluster.environment[{i}].name", variable.name, "is no name", "use A-Z, 0-9, _")
     for i, option in enumerate(cluster.sbatch):
-        if not option.startswith("-") or "\n" in option:
+        if not option.startswith("-"):
             fail(f"cluster.sbatch[{i}]", option, "is no option", "write --name=value")
+        _one_line(f"cluster.sbatch[{i}]", option)
+        if re.split(r"[=\s]", option)[0] in _OF_THE_JOB:
+            fail(
+                f"cluster.sbatch[{i}]",
+                option,
+                "would take the place of what the job itself asks for",
+                "use the key of cluster.* or parallel.* for it, or leave it out",
+            )
+    for i, option in enumerate(cluster.srun):
+        if not option.startswith("-"):  # srun would run it
+            fail(f"cluster.srun[{i}]", option, "is no option", "write --name=value")
+
+
+def _one_line(key: str, text: str | None) -> None:
+    """A #SBATCH line ends where the text breaks: what follows would be a command."""
+    if text is not None and (not text.strip() or not text.isprintable()):
+        fail(key, repr(text), "is empty or has a line break in it", "write it in one line")
 
 
 def seconds(time_limit: str) -> int:
@@ -56,7 +88,7 @@ def seconds(time_limit: str) -> int:
     Raises:
         ConfigError: it is none of these.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit, re.ASCII)
     if match is None:
         fail(
             "cluster.time_limit",
@@ -65,6 +97,13 @@ def seconds(time_limit: str) -> int:
             "write minutes, H:MM:SS or D-HH:MM:SS, in quotes",
         )
     days, *parts = match.groups()
+    if time_limit.isdecimal() and int(time_limit) >= 60:
+        fail(
+            "cluster.time_limit",
+            time_limit,
+            "may be a time without quotes, which YAML reads as one number (8:00:00 is 28800)",
+            "write H:MM:SS or D-HH:MM:SS, in quotes",
+        )
     numbers = [int(part) for part in parts if part is not None]
     units = [3600, 60, 1]
     if days is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.validate import validate_recipe
-from recipes.compose import choices, load_recipe, run_cli, split_arguments
+from recipes.compose import choices, load_recipe, quoted, run_cli, split_arguments
 from recipes.errors import ConfigError, StrataError
 from recipes.rules import one_of
 from recipes.schema import Recipe
@@ -140,7 +140,7 @@ def plan(recipe: Recipe, arguments: list[str], folder: Path) -> list[Arm]:
         for seed in range(recipe.run.seed, recipe.run.seed + settings.seeds):
             name = f"{choice}-{seed}"
             where = folder / "arms" / name
-            own = [f"{group}={choice}", f"run.seed={seed}", f"run.dir={where}"]
+            own = [f"{group}={choice}", f"run.seed={seed}", f"run.dir={quoted(str(where))}"]
             planned = load_recipe([*common, *own], config_dir)
             if planned.stages:
                 raise ConfigError(

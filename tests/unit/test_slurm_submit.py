@@ -46,7 +46,7 @@ def job(*overrides: str, runs: int = 1, nodes: int = 8, ranks_per_node: int = 8)
         name="strata-super",
         folder=place,
         cluster=recipe.cluster,
-        runs=[Run(n, w, place / n) for n, w in zip(names, where, strict=True)],
+        runs=[Run(n, w, place / n, 100) for n, w in zip(names, where, strict=True)],
         nodes=nodes,
         ranks_per_node=ranks_per_node,
         command="python -m slurm.submit experiment=super_120b_a12b",
@@ -207,6 +207,14 @@ def test_only_submissions_sweep(
         ("cluster=local", "scheduler=none of cluster=local queues no jobs"),
         ("cluster.launcher=mpirun", "use srun, torchrun or ft"),
         ("cluster.time_limit=soon", "is no time"),
+        ("cluster.time_limit='28800'", "8:00:00 is 28800"),
+        ("cluster.account='a\nexit 1'", "has a line break"),
+        ("cluster.sbatch=['--comment=a\nexit 1']", "has a line break"),
+        ("cluster.sbatch=['--array=0-3']", "take the place of what the job itself asks for"),
+        ("cluster.srun=[mpi]", "cluster.srun[0]=mpi is no option"),
+        ("cluster.partition=''", "is empty"),
+        ("cluster.warning_seconds=70000", "is not shorter than"),
+        ("run.dir='/a\nb'", "has a backslash or a control character"),
         ("cluster.time_limit='0:20'", "is not shorter than cluster.time_limit=0:20 (20 seconds)"),
         ("cluster.ranks_per_node=null", "leave open what a node of cluster=lab runs"),
         ("cluster.container.runtime=pyxis", "image=null does not go with"),
@@ -244,7 +252,7 @@ def test_ranks_must_fill_nodes(
 @pytest.mark.parametrize(
     ("limit", "wanted"),
     # man sbatch, --time
-    [("10", 600), ("0:20", 20), ("1:00:00", 3600), ("2-0", 172800), ("1-2:30", 95400)]
+    [("10", 600), ("59", 3540), ("0:20", 20), ("1:00:00", 3600), ("2-0", 172800), ("1-2:30", 95400)]
     + [("1-02:03:04", 93784)],
 )
 def test_time_limits_mean_what_slurm_means(limit: str, wanted: int) -> None:

@@ -22,6 +22,7 @@ set -u -o pipefail
 
 run_dir=/shared/runs/super
 recipe=/shared/runs/super/slurm/1/run
+last_step=100
 python=/shared/strata/.venv/bin/python
 cd '/home/me/my work' || exit 2
 export PYTHONPATH=/shared/strata${PYTHONPATH:+:$PYTHONPATH}
@@ -41,7 +42,12 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=$first_node
 # Below the ports Linux hands out by itself; another one each start, as the last may be in use.
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))
-mkdir -p "$run_dir/logs" "$run_dir/slurm"
+if [ ! -d "$recipe" ]; then
+    echo "$recipe is not there: the run directory was moved or deleted; submit again"
+    exit 2
+fi
+mkdir -p "$run_dir/logs" "$run_dir/slurm" || exit 2
+output=${run_dir//%/%%} # in the name of a log srun replaces %t
 
 container=()
 inside=()
@@ -60,6 +66,7 @@ inside=()
 
 max_strikes=3
 chain_length=100
+excluded='' # by cluster.sbatch
 # As squeue names it: a task of an array has two numbers.
 task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 task=${task:-$SLURM_JOB_ID}
@@ -72,11 +79,24 @@ say() { echo "$(date '+%F %T') $*"; }
 
 latest() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 
-strikes() { cat "$run_dir/strikes" 2>/dev/null || echo 0; }
+strikes() { # a file that a full disk left empty, or was damaged, says 0
+    local count
+    count=$(cat "$run_dir/strikes" 2>/dev/null)
+    if [[ $count =~ ^[0-9]+$ ]]; then echo "$((10#$count))"; else echo 0; fi
+}
+
+# Whether the last step is done; an earlier job may have left the end of a shorter run.
+is_complete() { [ "$(cat "$run_dir/complete" 2>/dev/null)" -ge "$last_step" ] 2>/dev/null; }
+
+json() { # json TEXT: as JSON writes it
+    local text=${1//\\/\\\\}
+    text=${text//\"/\\\"}
+    printf '"%s"' "${text//[[:cntrl:]]/ }"
+}
 
 record() { # record EVENT REASON
-    printf '{"time": "%s", "job": "%s", "task": "%s", "restart": %d, "nodes": "%s", "latest": "%s", "event": "%s", "reason": "%s"}\n' \
-        "$(date '+%F %T')" "$SLURM_JOB_ID" "$task" "$restart" "$SLURM_JOB_NODELIST" "$(latest)" "$1" "$2" \
+    printf '{"time": "%s", "job": "%s", "task": "%s", "restart": %d, "nodes": "%s", "latest": %s, "event": "%s", "reason": %s}\n' \
+        "$(date '+%F %T')" "$SLURM_JOB_ID" "$task" "$restart" "$SLURM_JOB_NODELIST" "$(json "$(latest)")" "$1" "$(json "$2")" \
         >>"$run_dir/slurm/chain.jsonl"
     say "$1: $2"
 }
@@ -90,12 +110,14 @@ finish() { # finish CODE REASON
 
 # Count a start that failed; end for good when there were too many without a new checkpoint.
 strike() { # strike REASON
-    local count=0
-    if [ "$(latest)" = "$(cat "$run_dir/slurm/begun" 2>/dev/null)" ]; then
+    local count=0 begun
+    begun=$(cat "$run_dir/slurm/begun" 2>/dev/null)
+    if [ -z "$begun" ] || [ "$(latest)" = "$begun" ]; then
         count=$(($(strikes) + 1))
     fi
     rm -f "$run_dir/slurm/begun"
-    echo "$count" >"$run_dir/strikes"
+    # Failures that cannot be counted would go on for ever.
+    echo "$count" >"$run_dir/strikes" || finish 1 "$1, and $run_dir/strikes cannot be written"
     if [ "$count" -ge "$max_strikes" ]; then
         finish 1 "gave up after $count failures without a new checkpoint, the last: $1"
     fi
@@ -103,18 +125,34 @@ strike() { # strike REASON
 
 # Put this job back into the queue, without the bad nodes.
 again() { # again REASON
-    local bad
+    local bad pause
+    put_back_already
+    case "$(field JobState) $(field Reason)" in
+    *" TimeLimit") ;; # its end is ours to mend
+    *COMPLETING* | *CANCELLED*) finish 3 "cancelled" ;;
+    esac
     if [ $((restart + 1)) -ge "$chain_length" ]; then
         finish 1 "$1; this was start $((restart + 1)) of cluster.chain_length=$chain_length"
     fi
     record requeue "$1"
     rm -f "$run_dir/slurm/begun"
     trap '' TERM # comes with the requeue
-    scontrol requeue "$SLURM_JOB_ID" || finish 1 "Slurm refuses to requeue this job"
+    # By the name of the task: one task of an array has the number of the whole array.
+    for pause in 10 20 40 ""; do # its controller may be starting again
+        scontrol requeue "$task" && break
+        [ -n "$pause" ] || finish 1 "Slurm refuses to requeue this job"
+        sleep "$pause"
+    done
     # The job is pending now, though this script still runs: only a pending job's nodes can be
     # changed. Without StartTime it would wait until its old credentials have expired.
-    bad=$(cut -f 1 "$run_dir/bad-nodes" 2>/dev/null | sort -u | paste -sd ,)
-    scontrol update JobId="$SLURM_JOB_ID" StartTime=now ${bad:+ExcNodeList="$bad"}
+    if [ -e "$run_dir/bad-nodes" ]; then # empty: they may be used again
+        bad=$(sed -e 's/[[:space:]].*//' -e '/^$/d' "$run_dir/bad-nodes" | sort -u | paste -sd ,)
+        bad=$excluded${excluded:+${bad:+,}}$bad
+        set -- ExcNodeList="$bad"
+    else
+        set --
+    fi
+    scontrol update JobId="$task" StartTime=now "$@"
     exit 0
 }
 
@@ -122,6 +160,7 @@ again() { # again REASON
 in_foreground() {
     "$@" &
     step_id=$!
+    [ -z "$warned" ] || on_warning # it came before there was anybody to tell
     while :; do
         wait "$step_id"
         code=$?
@@ -146,11 +185,22 @@ on_leave() {
 }
 
 # One field of Slurm's record of this job.
-field() { scontrol show job "$SLURM_JOB_ID" -o | grep -o " $1=[^ ]*" | head -n 1 | cut -d = -f 2; }
+field() { scontrol show job "$task" -o | grep -o " $1=[^ ]*" | head -n 1 | cut -d = -f 2; }
+
+# End here if Slurm has put this job back into the queue by itself.
+put_back_already() {
+    local starts
+    starts=$(field Restarts)
+    if [ "${starts:-0}" -gt "$restart" ]; then
+        record requeue "preempted, or requeued from outside"
+        rm -f "$run_dir/slurm/begun"
+        exit 0
+    fi
+}
 
 # What to do when the ranks have ended, however they did.
 after_the_ranks() { # after_the_ranks EXIT_CODE
-    if [ -e "$run_dir/complete" ]; then
+    if is_complete; then
         rm -f "$run_dir/strikes"
         finish 0 "complete at step $(cat "$run_dir/complete")"
     fi
@@ -162,11 +212,8 @@ after_the_ranks() { # after_the_ranks EXIT_CODE
         finish 0 "$(cat "$run_dir/waiting")"
     fi
     if [ -n "$asked" ]; then
-        if [ "$(field Restarts)" -gt "$restart" ]; then
-            record requeue "preempted, or requeued from outside"
-            rm -f "$run_dir/slurm/begun"
-            exit 0
-        elif [ "$(field Reason)" = TimeLimit ]; then
+        put_back_already
+        if [ "$(field Reason)" = TimeLimit ]; then
             strike "the time limit came before a checkpoint"
             again "time limit, before the ranks had saved"
         elif [ "$(field JobState)" = RUNNING ]; then
@@ -185,7 +232,7 @@ after_the_ranks() { # after_the_ranks EXIT_CODE
 trap on_warning USR1
 trap on_leave TERM
 
-if [ -e "$run_dir/complete" ]; then
+if is_complete; then
     finish 0 "complete at step $(cat "$run_dir/complete")"
 fi
 if [ -e "$run_dir/stopped" ]; then
@@ -195,18 +242,19 @@ if [ -e "$run_dir/slurm/begun" ]; then # the last start could not say how it end
     record lost "the last start was cut off: a node failed, or its script was killed"
     strike "cut off"
 fi
-latest >"$run_dir/slurm/begun"
+latest >"$run_dir/slurm/begun" || finish 1 "$run_dir/slurm/begun cannot be written: the disk is full, or the folder is read-only"
 record start "start $((restart + 1)), strikes $(strikes)"
 
 # ---- The nodes, before the ranks -------------------------------------------------------------
 
 answers="$run_dir/slurm/health/$SLURM_JOB_ID.$restart"
-mkdir -p "$answers"
+mkdir -p "$answers" || finish 1 "$answers cannot be made: the disk is full, or the folder may not be written"
 health=(
     --folder "$answers"
     --disk "$run_dir" "${TMPDIR:-/tmp}"
     --gpus 8
     --time "$(date +%s)"
+    --timeout-seconds 120
     --min-free-disk-gb 1.0
     --min-free-memory-gb 1.0
     --max-clock-skew-seconds 10.0
@@ -214,7 +262,7 @@ health=(
     --max-gpu-memory-used-mb 2000
 )
 in_foreground timeout 120 srun --nodes=8 --ntasks=8 --ntasks-per-node=1 \
-    --overlap --kill-on-bad-exit=0 --output="$answers/%t.log" \
+    --overlap --kill-on-bad-exit=0 --output="${answers//%/%%}/%t.log" \
     "${container[@]}" "${inside[@]}" "$python" -m slurm.health "${health[@]}"
 [ -z "$asked$warned" ] || after_the_ranks 0
 good=0
@@ -233,7 +281,7 @@ if [ "$good" -eq 0 ]; then # then it is not the nodes
     again "no node passed the health check; see $answers"
 fi
 if [ ${#found[@]} -gt 0 ]; then
-    printf '%s\n' "${found[@]}" >>"$run_dir/bad-nodes"
+    printf '%s\n' "${found[@]}" >>"$run_dir/bad-nodes" || finish 1 "$run_dir/bad-nodes cannot be written"
     rm -f "$run_dir/slurm/begun" # no failure of the run
     again "bad nodes: $(printf '%s\n' "${found[@]}" | cut -f 1 | paste -sd ,)"
 fi
@@ -244,7 +292,7 @@ all_reduce() { # all_reduce LOG NODE...
     shift
     MASTER_ADDR=$1 timeout 120 srun --nodelist="$(IFS=,; echo "$*")" --nodes=$# \
         --ntasks=$(($# * 8)) --ntasks-per-node=8 \
-        --overlap --kill-on-bad-exit=1 --output="$answers/$log-%t.log" \
+        --overlap --kill-on-bad-exit=1 --output="${answers//%/%%}/$log-%t.log" \
         "${container[@]}" "${inside[@]}" "$python" -m parallel.all_reduce 16.0
 }
 
@@ -282,7 +330,8 @@ if [ "$code" -ne 0 ]; then
         [ -e "$answers/works-$i" ] || [ -e "$answers/works-$before" ] || found+=("${nodes[i]}")
     done
     if [ ${#found[@]} -gt 0 ] && [ ${#found[@]} -lt ${#nodes[@]} ]; then
-        printf '%s\tfails the all-reduce with every neighbour, or alone\n' "${found[@]}" >>"$run_dir/bad-nodes"
+        printf '%s\tfails the all-reduce with every neighbour, or alone\n' "${found[@]}" >>"$run_dir/bad-nodes" ||
+            finish 1 "$run_dir/bad-nodes cannot be written"
         rm -f "$run_dir/slurm/begun" # no failure of the run
         again "bad nodes: $(IFS=,; echo "${found[*]}")"
     fi
@@ -296,9 +345,9 @@ fi
 ranks=(
     --nodes=8 --ntasks=8 --ntasks-per-node=1
     --kill-on-bad-exit=1 # one lost rank ends the others
-    --output="$run_dir/logs/launcher%t.log" --open-mode=append
+    --output="$output/logs/launcher%t.log" --open-mode=append
 )
-train=("$python" -m train --config-dir "$recipe" experiment=submitted run.dir="$run_dir")
+train=("$python" -m train --config-dir "$recipe" experiment=submitted)
 
 # The warning reaches every process of a node and ends one that does not expect it, so it is ignored
 # until the ranks have a handler.
