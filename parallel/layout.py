@@ -100,7 +100,7 @@ def validate_layout(
         _attention_context(parallel, model)
     _experts(parallel, model, "E" in symbols)
     virtual = _pipeline(parallel, num_layers, num_stages)
-    _recompute(parallel, mtp_depths)
+    _recompute(parallel, mtp_depths, model.num_moe_experts is not None)
     world = _world(parallel, world_size)
     dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     pp = parallel.pipeline_model_parallel_size
@@ -281,7 +281,7 @@ def _pipeline(parallel: ParallelConfig, num_layers: int, num_stages: int) -> int
     return num_stages // pp
 
 
-def _recompute(parallel: ParallelConfig, mtp_depths: int) -> None:
+def _recompute(parallel: ParallelConfig, mtp_depths: int, experts: bool) -> None:
     at_least(
         "parallel.cross_entropy_loss_chunk",
         parallel.cross_entropy_loss_chunk,
@@ -299,6 +299,13 @@ def _recompute(parallel: ParallelConfig, mtp_depths: int) -> None:
         )
     for module in modules or ():
         one_of("parallel.recompute_modules", module, RECOMPUTE_MODULES)
+    if "moe_act" in (modules or ()) and not experts:
+        fail(
+            "parallel.recompute_modules",
+            modules,
+            "names moe_act, but model.num_moe_experts=null",
+            "leave moe_act out",
+        )
     if granularity != "full":
         for name in ("recompute_method", "recompute_num_layers"):
             if getattr(parallel, name) is not None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.compose import run_cli
+from recipes.compose import refuse_stages, run_cli
 from recipes.errors import ConfigError, StrataError
 from recipes.rules import one_of, show
 from recipes.schema import PrecisionConfig, Recipe
@@ -129,13 +129,14 @@ def main(recipe: Recipe) -> int:
         0: every layout that is available is equal; 1: one is not.
 
     Raises:
-        ConfigError: an override says what the layouts decide, or an unknown layout.
+        ConfigError: an override says what the layouts decide, an unknown layout, or stages.
         StrataError: the single rank does not train.
     """
     arguments = sys.argv[1:]
     for argument in arguments:
         if any(argument.split("=")[0].startswith(f"{key}") for key in ("parallel", "stage.micro")):
             raise ConfigError(f"{argument}: the layouts decide this; leave it out")
+    refuse_stages(recipe, "parallel.parity")
     chosen = _chosen(recipe.parity.layouts)
     common = [a for a in arguments if not a.startswith(("run.dir=", "parity."))]
     folder = Path(recipe.run.dir)
@@ -270,4 +271,4 @@ def _records(where: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     if not any(a.startswith("experiment=") for a in sys.argv):
         sys.argv.insert(1, "experiment=parity")
-    run_cli(main, "parallel.parity")
+    run_cli(main, "parallel.parity", all_stages=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.compose import run_cli
+from recipes.compose import refuse_stages, run_cli
 from recipes.errors import ConfigError, StrataError
 from recipes.schema import ModelConfig, Recipe
 from recipes.tables import table
@@ -36,12 +36,16 @@ def main(recipe: Recipe) -> int:
     """Train, measure, print and write the report.
 
     Raises:
-        ConfigError: the model has no experts, or the recipe is not valid.
+        ConfigError: the model has no experts, the recipe has stages or several sequence lengths,
+            or is not valid.
         StrataError: the run failed.
     """
     from model.pattern import parse_pattern
     from model.validate import validate_recipe
 
+    refuse_stages(recipe, "parallel.payload")
+    if recipe.stage.mix:
+        raise ConfigError("parallel.payload measures one sequence length; use stage.mix=[]")
     layout = validate_recipe(recipe)
     pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
     passes = pattern.main.count("E") + pattern.mtp.count("E") * pattern.mtp_depths
@@ -51,8 +55,7 @@ def main(recipe: Recipe) -> int:
         )
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
     folder = Path(recipe.run.dir if "run.dir" in given else f"runs/payload-{recipe.model.name}")
-    settings = {**SHORT, "run.dir": str(folder)}
-    overrides = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    overrides = shortened(given | {"run.dir"}) + [f"run.dir={folder}"] * ("run.dir" not in given)
     done = subprocess.run([sys.executable, "-m", "train", *sys.argv[1:], *overrides], check=False)
     if done.returncode == 2:
         return 2  # it has said why
@@ -65,6 +68,15 @@ def main(recipe: Recipe) -> int:
     print(as_text(recipe, found))
     print(f"\n{folder}/payload.json, {picture}")
     return 0
+
+
+def shortened(given: set[str]) -> list[str]:
+    """Overrides of the run beside the keys that are given; one of steps and tokens fixes its
+    length, whichever the recipe has."""
+    settings = {"stage.train_tokens": "null", **SHORT}
+    if "stage.train_tokens" in given:
+        settings["stage.train_steps"] = "null"
+    return [f"{key}={value}" for key, value in settings.items() if key not in given]
 
 
 def report(
@@ -192,4 +204,4 @@ def draw(tokens: list[list[int]], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_cli(main, "parallel.payload")
+    run_cli(main, "parallel.payload", all_stages=True)

@@ -22,7 +22,7 @@ from recipes.rules import at_least
 from recipes.schema import ParallelConfig, Recipe
 from recipes.stages import mix_shares
 from recipes.tables import table
-from recipes.validate import lengths_apart
+from recipes.validate import lengths_apart, validate_run
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,13 @@ def main(recipe: Recipe) -> int:
     at_least("plan.show", recipe.plan.show, 1)
     gpu = gpu_named(recipe.cluster.gpu)
     pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
+    from model.validate import validate_model, validate_recipe
+
     if recipe.plan.search:
+        validate_run(recipe)
+        validate_model(recipe.model)
         print(_search(recipe, pattern, work_of(recipe), gpu))
         return 0
-    from model.validate import validate_recipe
-
     ranks = validate_recipe(recipe, recipe.plan.ranks, "cuda").world_size
     plans = []
     for own in lengths_apart(recipe).values():
@@ -238,8 +240,12 @@ def _largest_micro_batch(plan: Plan, pattern: Any, work: Work, gpu: Gpu) -> int:
     """Of those that divide the batch; 0: none fits."""
     recipe, layout = plan.recipe, plan.layout
     sequences = recipe.stage.global_batch_size // layout.dp
+    # Documents are packed one sequence a micro batch.
+    most = 1 if recipe.data.inter_document_masking else min(sequences, 64)
     found = 0
-    for size in (s for s in range(1, min(sequences, 64) + 1) if sequences % s == 0):
+    for size in (s for s in range(1, most + 1) if sequences % s == 0):
+        if layout.virtual_stages > 1 and sequences // size % layout.pp:
+            continue  # the interleaved schedule has no such number of micro batches
         larger = replace(recipe, stage=replace(recipe.stage, micro_batch_size=size))
         steps = replace(layout, num_microbatches=sequences // size)
         if make_plan(larger, steps, pattern, work, gpu).needed > gpu.memory:
@@ -279,12 +285,16 @@ def _candidates(recipe: Recipe, ranks: int, num_layers: int) -> Iterator[Paralle
                             sequence_parallel=None,
                             recompute_granularity=granularity,
                             recompute_modules=modules,
+                            recompute_method=None,
+                            recompute_num_layers=None,
                         )
 
 
 def search(recipe: Recipe, ranks: int, pattern: Any, work: Work, gpu: Gpu) -> list[Plan]:
     """Every layout of so many GPUs that is valid and fits, best first. Stages are cut evenly."""
     whole = replace(pattern, stages=(pattern.main,))
+    uncut = recipe.model.hybrid_layer_pattern.replace("|", "")
+    recipe = replace(recipe, model=replace(recipe.model, hybrid_layer_pattern=uncut))
     found = []
     for parallel in _candidates(recipe, ranks, len(pattern.main)):
         for size in (1, 2, 4):
@@ -304,9 +314,20 @@ def search(recipe: Recipe, ranks: int, pattern: Any, work: Work, gpu: Gpu) -> li
                 continue
             tried = replace(recipe, parallel=parallel, stage=stage)
             plan = make_plan(tried, layout, whole, work, gpu)
-            if plan.needed <= gpu.memory:
+            if plan.needed <= gpu.memory and _valid(tried, ranks):
                 found.append(plan)
     return sorted(found, key=lambda plan: -plan.tokens_per_second)
+
+
+def _valid(recipe: Recipe, ranks: int) -> bool:
+    """Whether a run would start. Slower than the rules of the layout alone."""
+    from model.validate import validate_recipe
+
+    try:
+        validate_recipe(recipe, ranks, "cuda")
+    except ConfigError:
+        return False
+    return True
 
 
 def _search(recipe: Recipe, pattern: Any, work: Work, gpu: Gpu) -> str:
@@ -316,8 +337,8 @@ def _search(recipe: Recipe, pattern: Any, work: Work, gpu: Gpu) -> str:
     found = search(recipe, ranks, pattern, work, gpu)
     if not found:
         raise ConfigError(
-            f"plan.ranks={ranks}: no layout of {recipe.model.name} fits {recipe.cluster.gpu}; "
-            "use more GPUs, a larger one or shorter sequences"
+            f"plan.ranks={ranks}: no layout of {recipe.model.name} is valid and fits "
+            f"{recipe.cluster.gpu}; use more GPUs, a larger one or shorter sequences"
         )
     rows: list[tuple[str, ...]] = [
         ("tokens/s per GPU", "GB", "tp", "pp", "cp", "ep", "dp", "micro batch", "recomputed")
@@ -333,7 +354,10 @@ def _search(recipe: Recipe, pattern: Any, work: Work, gpu: Gpu) -> str:
                 ", ".join(_names(plan.recipe.parallel)) or "-",
             )
         )
-    title = f"{recipe.model.name} on {ranks} {recipe.cluster.gpu}: {len(found)} layouts fit"
+    title = (
+        f"{recipe.model.name} on {ranks} {recipe.cluster.gpu}, sequences of "
+        f"{recipe.stage.sequence_length}: {len(found)} layouts fit"
+    )
     return title + "\n" + table(rows, left=(8,))
 
 

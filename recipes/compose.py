@@ -281,6 +281,20 @@ def run_cli(
         raise SystemExit(130) from None
 
 
+def refuse_stages(recipe: Recipe, module: str) -> None:
+    """For a command that runs `python -m train` with keys of its own: those of a stage come after
+    them.
+
+    Raises:
+        ConfigError: the recipe has stages, or is one of them.
+    """
+    if recipe.stages or any(a.startswith("run.stage=") for a in sys.argv[1:]):
+        raise ConfigError(
+            f"python -m {module} takes a recipe without stages, whose keys would come after its "
+            "own; give another experiment and the stage's keys"
+        )
+
+
 def _rank() -> int:
     """This process's number among those a launcher started."""
     number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"

@@ -45,10 +45,10 @@ def one_of(key: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 def at_least(key: str, value: float | None, low: int, or_null: str = "") -> None:
-    """The value is `low` or more; null passes when `or_null` says what null means."""
+    """The value is finite and `low` or more; null passes when `or_null` says what null means."""
     if value is None and or_null:
         return
-    if value is None or value < low:
+    if value is None or not low <= value < inf:
         remedy = f"use {low} or more"
         fail(
             key,

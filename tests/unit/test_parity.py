@@ -19,6 +19,7 @@ from parallel.parity import (
     report,
 )
 from recipes.compose import load_recipe
+from recipes.errors import ConfigError
 
 
 def steps(**changes: Any) -> list[dict[str, Any]]:
@@ -96,3 +97,23 @@ def test_bounds_know_scales_and_draws(
     (case,) = (case for case in MATRIX if case.name == name)
     allowed = bounds(case, load_recipe([f"precision={precision}"]).precision)
     assert (allowed.losses, allowed.grad_norm) == (losses, grad_norm)
+
+
+def test_commands_that_train_refuse_stages() -> None:
+    from parallel import parity, payload
+
+    recipe = load_recipe(["experiment=tiny_long_context"])
+    for command in (parity, payload):
+        with pytest.raises(ConfigError, match="without stages"):
+            command.main(recipe)
+
+
+def test_a_payload_of_a_recipe_that_counts_tokens_is_short() -> None:
+    from parallel.payload import STEPS, shortened
+
+    counted = ["experiment=nano_30b_a3b"]
+    stage = load_recipe([*counted, *shortened(set())]).stage
+    assert (stage.train_steps, stage.train_tokens) == (STEPS, None)
+    given = "stage.train_tokens=1e9"
+    stage = load_recipe([*counted, given, *shortened({"stage.train_tokens"})]).stage
+    assert (stage.train_steps, stage.train_tokens) == (None, 1e9)

@@ -156,6 +156,61 @@ def test_an_unknown_gpu_is_refused() -> None:
         main(load_recipe(["experiment=tiny", "plan.search=true"]))
 
 
+def layouts_found(*overrides: str) -> list[Plan]:
+    recipe = load_recipe(["experiment=tiny", *overrides])
+    pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
+    return search(recipe, 2, pattern, work_of(recipe), GPUS["h100"])
+
+
+def test_the_search_starts_from_any_recomputation() -> None:
+    full = (
+        "parallel.recompute_granularity=full",
+        "parallel.recompute_method=uniform",
+        "parallel.recompute_num_layers=1",
+    )
+    assert len(layouts_found(*full)) == len(layouts_found()) > 0
+
+
+def test_the_search_shows_only_what_would_run() -> None:
+    found = layouts_found("data.inter_document_masking=true", "stage.sequence_length=65536")
+    assert {plan.recipe.stage.micro_batch_size for plan in found} == {1}
+    assert {plan.layout.cp for plan in found} == {1}  # GPUs do not cut packed documents
+
+
+@pytest.mark.parametrize(
+    "override", ["model.num_moe_experts=null", "stage.global_batch_size=0", "model.hidden_size=0"]
+)
+def test_the_search_validates_the_recipe(override: str) -> None:
+    from parallel.plan import main
+
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        main(load_recipe(["experiment=tiny", "plan.search=true", "plan.ranks=2", override]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.inter_document_masking=true", "stage.micro_batch_size=1"],
+        [
+            "model.hybrid_layer_pattern='ME|ME|M*|EME/*E/*E'",
+            "parallel.pipeline_model_parallel_size=2",
+            "stage.micro_batch_size=4",
+        ],
+    ],
+)
+def test_the_largest_micro_batch_is_one_that_runs(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from model.validate import validate_recipe
+    from parallel.plan import main
+
+    main(load_recipe(["experiment=tiny", *overrides]))
+    said = re.search(r"largest micro batch that fits +(\d+)", capsys.readouterr().out)
+    assert said
+    largest = f"stage.micro_batch_size={said[1]}"
+    validate_recipe(load_recipe(["experiment=tiny", *overrides[:-1], largest]), device="cuda")
+
+
 def test_every_length_of_a_mix_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     from parallel.plan import main
 

@@ -185,6 +185,17 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     (["stage.train_steps=null"], ["train_steps=null", "train_tokens=null", "give one"]),
     (["stage.train_tokens=1e6"], ["train_steps=300", "train_tokens=1e+06", "one of them to null"]),
     (["stage.train_steps=0"], ["train_steps=0", "use 1 or more"]),
+    (["stage.train_steps=null", "stage.train_tokens=nan"], ["train_tokens=nan", "4096 or more"]),
+    (["stage.train_steps=null", "stage.train_tokens=inf"], ["train_tokens=inf", "4096 or more"]),
+    (
+        [
+            "model.hybrid_layer_pattern='M*'",
+            "model.num_moe_experts=null",
+            "parallel.recompute_granularity=selective",
+            "parallel.recompute_modules=[moe_act]",
+        ],
+        ["recompute_modules=[moe_act]", "num_moe_experts=null", "leave moe_act out"],
+    ),
     (["stage.train_steps=null", "stage.train_tokens=9"], ["train_tokens=9", "4096 or more"]),
     (["stage.eval_interval=0"], ["eval_interval=0", "or null (only at the end)"]),
     # optimizer
