@@ -8,6 +8,7 @@ other layout saved.
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,6 +107,7 @@ class Checkpointer:
         """Step of the newest complete checkpoint; call `wait` first if one is being written."""
         self._writer = Writer(folder.parent)
         self._strategy: Any = None
+        self._removal: threading.Thread | None = None
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of the current step; in the background if so configured.
@@ -163,6 +165,7 @@ class Checkpointer:
     def close(self) -> None:
         """Finish what is being written and end the background workers."""
         self._writer.close()
+        self._wait_for_removal()
 
     def load(self, state: TrainState) -> bool:
         """Load the newest usable checkpoint into `state`.
@@ -317,9 +320,18 @@ class Checkpointer:
         kept |= {n for n in past if keep_every and int(n.split("_")[1]) % keep_every == 0}
         ends = {span.end for span in self.place.spans} if self.place is not None else set()
         kept |= {n for n in past if int(n.split("_")[1]) in ends}
-        for path in self.folder.glob("iter_*"):
-            if path.name not in kept:
-                _remove(path)
+        dropped = [path for path in self.folder.glob("iter_*") if path.name not in kept]
+        for path in dropped:
+            _discard(path)
+        self._wait_for_removal()
+        # To delete gigabytes takes as long as some steps.
+        self._removal = threading.Thread(target=_remove, args=dropped)
+        self._removal.start()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
 
 
 def _clear(path: Path) -> None:
@@ -328,10 +340,16 @@ def _clear(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint. Without meta.json it counts as incomplete, whatever a kill leaves."""
+def _discard(path: Path) -> None:
+    """Let a checkpoint count as incomplete, whatever is left of it."""
     (path / META).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(*paths: Path) -> None:
+    """Remove checkpoints; a kill in the middle leaves an incomplete one."""
+    for path in paths:
+        _discard(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class _Damaged(Exception):

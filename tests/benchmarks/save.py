@@ -148,6 +148,9 @@ class Synthetic:
 
         self.tensors, self.progress, self.layout = tensors, Progress(), {"dp": 1}
 
+    def gather_parameters(self) -> None:
+        """One rank has all of them."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.save")

@@ -20,6 +20,7 @@ def kept(
             (path / META).write_text("{}")
     checkpointer = Checkpointer(folder / "checkpoints", config, lambda n: "", print)
     checkpointer._retain(f"iter_{newest:07d}")
+    checkpointer.close()
     return sorted(int(p.name.split("_")[1]) for p in (folder / "checkpoints").iterdir())
 
 
