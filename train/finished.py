@@ -120,6 +120,7 @@ def read_run(folder: Path) -> FinishedRun:
 
     Raises:
         ConfigError: there is no run, it is damaged, or it is not finished.
+        DataError: a line of its metrics is damaged.
     """
     try:
         config = json.loads((folder / "config.json").read_text())

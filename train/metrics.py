@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from data.files import sync
+from recipes.errors import DataError
 from recipes.schema import LoggingConfig
 from train.guards import write_atomically
 
@@ -22,10 +23,14 @@ class MetricsFile:
 
         The kept lines are copied to a new file that replaces the old one, so that a kill in
         between loses nothing.
+
+        Raises:
+            DataError: a line that is to be kept, or might be, cannot be read.
         """
         if not self.path.exists():
             return
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        lines = self._lines()
+        kept = [line for line, r in zip(lines, self.read(), strict=True) if r["step"] <= step]
         scratch = self.path.with_suffix(".tmp")
         with scratch.open("w") as file:
             file.writelines(f"{line}\n" for line in kept)
@@ -44,8 +49,25 @@ class MetricsFile:
             sync(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """Every record written so far."""
-        return [json.loads(line) for line in self._lines()] if self.path.exists() else []
+        """Every record written so far.
+
+        Raises:
+            DataError: a line is no record.
+        """
+        if not self.path.exists():
+            return []
+        return [self._parse(n, line) for n, line in enumerate(self._lines(), start=1)]
+
+    def _parse(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = json.loads(line)
+            record["step"] + 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path}, line {number} is no record of a step, so the file is damaged; "
+                "remove the line, or put the file back as it was"
+            ) from error
+        return record
 
     def _lines(self) -> list[str]:
         return [x for x in self.path.read_text().split("\n")[:-1] if x]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from recipes.compose import load_recipe
-from recipes.errors import ConfigError
+from recipes.errors import StrataError
 from train.comparison import Comparison, compare
 from train.finished import read_run
 
@@ -111,6 +111,6 @@ class Workbench:
         return verdict.passed, " | ".join(verdict.failures), " | ".join(verdict.notes)
 
     def refused(self) -> str:
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(StrataError) as error:
             self.compare()
         return str(error.value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from recipes.errors import DataError
 from recipes.schema import LoggingConfig
 from train.metrics import MetricsFile, Reporter
 
@@ -42,6 +43,17 @@ def test_a_cut_last_line_is_dropped(cut: str, tmp_path: Path) -> None:
     assert [(r["step"], r["loss"]) for r in lines] == [(1, None), (2, None), (3, 7.0)]
 
 
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "[]", '{"loss": 1.0}'])
+def test_a_damaged_line_is_named_and_nothing_is_lost(line: str, tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    before = file.path.read_text()
+    for act in (file.read, lambda: file.truncate_after(1)):
+        with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is no record"):
+            act()
+    assert file.path.read_text() == before
+
+
 def test_a_rollback_leaves_one_value_a_step(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, QUIET, True, {}, first_step=0, last_step=6)
     for step in (1, 2, 3, 4, 5):
@@ -61,6 +73,7 @@ def test_a_rollback_leaves_one_value_a_step(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
+from recipes.errors import DataError
 from recipes.schema import LoggingConfig
 from tests.unit.test_metrics import QUIET, record
 from train.metrics import Reporter

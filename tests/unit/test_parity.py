@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from parallel.parity import (
+    EXIT_FAILED,
     FIRST,
     LAST,
     MATRIX,
@@ -14,6 +15,7 @@ from parallel.parity import (
     Outcome,
     bounds,
     cut,
+    exit_code,
     judge,
     markdown,
     report,
@@ -75,6 +77,8 @@ def test_the_table_says_why_a_layout_is_missing() -> None:
     text = report(outcomes)
     assert "cp2: ConfigError: no" in text and "not available" in text
     assert len(text.splitlines()) == 4
+    assert exit_code(outcomes) == 0
+    assert exit_code(outcomes[1:]) == EXIT_FAILED  # nothing was shown to be equal
     page = markdown(outcomes).splitlines()
     assert page[0].startswith("| layout | ranks | grad_norm, first |")
     assert page[1].count("|") == page[0].count("|") == page[2].count("|")
