@@ -81,6 +81,8 @@ def test_command_line_beats_experiment_beats_group():
 def test_run_directory_follows_the_name():
     assert load_recipe(["experiment=tiny"]).run.dir == "runs/tiny"
     assert load_recipe(["experiment=tiny", "model.name=mine"]).run.dir == "runs/mine"
+    assert load_recipe(["experiment=parity"]).run.dir == "runs/parity"  # its own
+    assert load_recipe(["experiment=parity", "run.dir=mine"]).run.dir == "mine"
 
 
 @pytest.mark.parametrize("group", sorted(set(groups()) - {"experiment"}))
