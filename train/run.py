@@ -18,7 +18,7 @@ from recipes.stages import Place, Span, pattern
 from train import rundir
 from train.guards import EXIT_COMPLETE, EXIT_STOPPED, StopRequest
 from train.lock import RunLock
-from train.world import check_world, joined_world, launched, start_ranks
+from train.world import check_world, joined_world, launched, spin_briefly, start_ranks
 
 if TYPE_CHECKING:
     from model.backends import Backends
@@ -55,9 +55,7 @@ def in_world(recipe: Recipe, job: Job) -> int:
     """
     from model.validate import validate_recipe
 
-    # Read by OpenMP when torch is imported: threads that sleep between the many short
-    # operations of a small model take longer to wake than to work (measured: 20 % of a step).
-    os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
+    spin_briefly()
     if recipe.dry_run:
         fail("dry_run", True, "is for python -m slurm.submit", "leave it out to train")
     launch = launched()

@@ -306,6 +306,20 @@ def check_world(world_size: int, launch: Launch | None) -> None:
         )
 
 
+def spin_briefly() -> None:
+    """How long idle CPU threads wait awake for the next operation; before torch is imported, as
+    OpenMP reads it then.
+
+    Threads that sleep between the many short operations of a small model take longer to wake than
+    to work: a step of `tiny` on two cores 1.6 times as long. Those that never sleep keep the cores
+    from each other as soon as another process wants one: steps became 4 times as long, single ones
+    50 times. A thousand rounds cost a tenth of such a step, and with company make it 2 times as
+    long. Who sets OpenMP's variables knows better.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def _threads(local_ranks: int) -> int:
     """Threads of one rank: its share of the cores, or OMP_NUM_THREADS where that is less."""
     share = max(1, len(os.sched_getaffinity(0)) // local_ranks)

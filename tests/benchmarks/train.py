@@ -16,7 +16,6 @@ experiment=tiny`.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from train.world import spin_briefly
 
 ROUNDS = 3
 SHAPES = {
@@ -181,7 +182,7 @@ def _print(benchmark: str, model: str, ratios: list[float], what: str, values: A
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
+    spin_briefly()
     benchmarks = {f.__name__: f for f in (hugging_face, bare, startup, precision)}
     for entry in sys.argv[1:] or benchmarks:
         benchmarks[entry]()
