@@ -313,11 +313,13 @@ def spin_briefly() -> None:
     Threads that sleep between the many short operations of a small model take longer to wake than
     to work: a step of `tiny` on two cores 1.6 times as long. Those that never sleep keep the cores
     from each other as soon as another process wants one: steps became 4 times as long, single ones
-    50 times. A thousand rounds cost a tenth of such a step, and with company make it 2 times as
-    long. Who sets OpenMP's variables knows better.
+    50 times. A thousand rounds cost 5 to 10 % of such a step, and with company make it 2 times as
+    long. GNU's OpenMP takes the number for a process with more threads than cores, such as one
+    that has read or written a checkpoint, from the policy: 1000 if it is ACTIVE, else 100, with
+    which a step took 1.3 times as long. Who sets either variable knows better.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(OMP_WAIT_POLICY="ACTIVE", GOMP_SPINCOUNT="1000")
 
 
 def _threads(local_ranks: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from recipes.compose import quoted
 from tests.cluster.lab import Lab
 from tests.end_to_end.training import SMALL, Command, essence, records, sources
 
@@ -39,8 +40,12 @@ class Submission:
 
     def command(self, *overrides: str, module: str = "slurm.submit") -> Command:
         """The command line of a user."""
-        here = [*SMALL, sources(self.data), "cluster=lab", f"run.dir={self.run}", *SHAPE]
+        here = [*SMALL, sources(self.data), "cluster=lab", self._folder, *SHAPE]
         return Command([*here, *overrides], self.data, module, environment=self.lab.environment())
+
+    @property
+    def _folder(self) -> str:
+        return f"run.dir={quoted(str(self.run))}"
 
     def submit(self, *overrides: str) -> str:
         """Queue it; the number of the job."""
@@ -51,7 +56,7 @@ class Submission:
     def status(self) -> str:
         """What slurm.status prints."""
         return Command(
-            [f"run.dir={self.run}"],
+            [self._folder],
             self.data,
             "slurm.status",
             environment=self.lab.environment(),

@@ -113,6 +113,9 @@ def test_a_bad_node_is_named_and_left_out(
     assert "bad nodes  n1: GPU 0 has 99 C" in submission.status()
     script = submission.command("dry_run=true", f"stage.train_steps={STEPS + 1}").run()
     assert "#SBATCH --exclude=n1\n" in script
+    (submission.run / "bad-nodes").write_text("")  # repaired
+    script = submission.command("dry_run=true", f"stage.train_steps={STEPS + 1}").run()
+    assert "--exclude" not in script
 
 
 @pytest.mark.parametrize("nodes", [2, 3])
@@ -144,6 +147,8 @@ def test_a_node_that_cannot_reduce_is_found(
 
 
 def test_torchrun(submission: Submission, straight: Path) -> None:
+    """In a folder whose name needs quotes wherever it is written."""
+    submission.run = submission.run.parent / "a run's"
     job = submission.submit("cluster.launcher=torchrun")
     submission.wait_for_step(3)
     submission.warn(job)
@@ -185,13 +190,20 @@ def test_a_comparison_is_an_array_and_a_report(submission: Submission) -> None:
 
 
 def test_a_sweep_is_an_array(submission: Submission) -> None:
-    short = ["parallel.data_parallel_size=2", "stage.train_steps=8"]
+    """A warned run of it goes on, and the other one is left alone."""
+    short = ["parallel.data_parallel_size=2", "stage.train_steps=20"]
     array = submission.submit("--multirun", *short, "optimizer.lr=1e-3,2e-3")
-    for number, lr in enumerate(("0.001", "0.002")):
-        one = Submission(submission.lab, submission.data, submission.run / "arms" / f"lr-{lr}")
-        assert one.wait_for_end() == "complete at step 8"
+    arms = [
+        Submission(submission.lab, submission.data, submission.run / "arms" / f"lr-{lr}")
+        for lr in ("0.001", "0.002")
+    ]
+    arms[0].wait_for_step(2)
+    submission.warn(f"{array}_0")
+    for number, (one, lr) in enumerate(zip(arms, (0.001, 0.002), strict=True)):
+        assert one.wait_for_end() == "complete at step 20"
         assert {e["task"] for e in one.events()} == {f"{array}_{number}"}
-        assert max(r["learning_rate"] for r in records(one.run)) <= float(lr)
+        assert one.reasons("requeue") == ["time limit"] * (number == 0)
+        assert max(r["learning_rate"] for r in records(one.run)) <= lr
     said = submission.status().splitlines()
     assert [line.split()[0] for line in said] == ["run", "lr-0.001", "lr-0.002"]
-    assert all("complete at step 8" in line for line in said[1:])
+    assert all("complete at step 20" in line for line in said[1:])
