@@ -37,7 +37,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m train.demo experiment=tiny stage.train_steps=200 run.dir=runs/demo
+	$(BIN)/python -m train.demo experiment=tiny stage.train_steps=160 run.dir=runs/demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not cluster'
