@@ -5,11 +5,10 @@ complete one and moves only after every byte is on the disk. Any layout can load
 other layout saved.
 """
 
-import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,13 @@ from recipes.schema import CheckpointConfig
 from recipes.stages import Place
 from train.checksums import SUMS, damage, write_sums
 from train.guards import write_atomically
+from train.optimizer_state import (
+    SHARDING,
+    load_optimizer,
+    own_settings,
+    padding_kept,
+    whole_tensors_in_place,
+)
 from train.writing import Writer
 
 META = "meta.json"
@@ -249,8 +255,8 @@ class Checkpointer:
             unwrap_model(chunk).load_state_dict(
                 loaded[_model_key(i, len(state.chunks))], strict=True
             )
-        with _own_settings(state.optimizer):
-            _load_optimizer(state.optimizer, loaded["optimizer"])
+        with own_settings(state.optimizer):
+            load_optimizer(state.optimizer, loaded["optimizer"])
         # Megatron adds the loaded position to the present one, which a rollback has.
         state.schedule.num_steps = 0
         state.schedule.load_state_dict(loaded["schedule"])
@@ -391,8 +397,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _content_metadata() -> dict[str, Any]:
     """What decides the format of Megatron's sharded state dicts."""
     return {
-        # Optimizer state in the shape of the parameters, so that any layout can load it.
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": SHARDING,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -414,7 +419,7 @@ def _state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
     # One chunk's names repeat in the next (layers are counted from 0 in each), so chunks stay
     # apart.
     models = dict(result) if len(state.chunks) > 1 else result["model"]
-    with _padding_kept(state.optimizer):
+    with padding_kept(state.optimizer), whole_tensors_in_place(state.optimizer):
         optimizer = state.optimizer.sharded_state_dict(
             models, is_loading=loading, metadata=metadata
         )
@@ -426,67 +431,6 @@ def _state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
         _RNG, _get_rng_state(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0
     )
     return result
-
-
-@contextlib.contextmanager
-def _padding_kept(optimizer: Any) -> Iterator[None]:
-    """Inside, gradient buffers count the padding between their buckets as content.
-
-    Megatron gathers the optimizer's state without that padding and looks parameters up where they
-    are with it: whatever follows a padded bucket would be saved shifted, and the end as zeros.
-    (It warns of this as "param range exceeds unpadded buffer".)
-    """
-    buffers = [buffer for one in optimizer.chained_optimizers for buffer in one.buffers]
-    parts = [(b, b.numel) for b in buffers]
-    parts += [(bucket, bucket.grad_data.numel()) for b in buffers for bucket in b.buckets]
-    unpadded = [part.numel_unpadded for part, _ in parts]
-    for part, padded in parts:
-        part.numel_unpadded = padded
-    try:
-        yield
-    finally:
-        for (part, _), size in zip(reversed(parts), reversed(unpadded), strict=True):
-            part.numel_unpadded = size
-
-
-def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
-    """Load moments and settings into however many optimizers this rank has.
-
-    Megatron gives experts an optimizer of their own where their data-parallel ranks are not those
-    of the dense layers, and saves the settings of the first rank's. Moments are found by the names
-    of the parameters; settings, by what kind of parameters they are for.
-    """
-    # Checkpoints of a single optimizer had no number around it before.
-    saved = [loaded, *(v for k, v in loaded.items() if isinstance(k, int))]
-    groups = [g for s in saved if "optimizer" in s for g in s["optimizer"]["param_groups"]]
-    own = optimizer.chained_optimizers
-    states = {
-        i: {
-            # The first pipeline rank may have had no parameters of a kind; the last of two wins.
-            "optimizer": {"param_groups": _at_step(one, groups[0].get("step")) + groups},
-            "param_state": loaded[i]["param_state"],
-            "param_state_sharding_type": _content_metadata()["distrib_optim_sharding_type"],
-        }
-        for i, one in enumerate(own)
-    }
-    optimizer.load_state_dict(states if len(own) > 1 else states[0])
-
-
-@contextlib.contextmanager
-def _own_settings(optimizer: Any) -> Iterator[None]:
-    """Keep the settings the optimizer was built with: a checkpoint brings those of the stage it
-    was saved in, and Megatron's schedule reads the rates from them."""
-    first, *_ = optimizer.param_groups  # all have the same
-    own = {name: first[name] for name in ("max_lr", "min_lr", "betas", "eps")}
-    yield
-    for group in optimizer.param_groups:
-        group.update(own)
-
-
-def _at_step(optimizer: Any, step: int | None) -> list[dict[str, Any]]:
-    """The settings an optimizer was built with, so many steps later."""
-    groups = optimizer.state_dict()["optimizer"]["param_groups"]
-    return [group | {"step": step} for group in groups]
 
 
 def _model_key(index: int, count: int) -> str:
