@@ -17,7 +17,7 @@ import torch.distributed as dist
 from data.files import sha256_file
 
 SUMS = "integrity.json"
-_PIECE = 4 * 2**20
+_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ class Following:
         while not file.exists():
             if written.wait(0.002):
                 return
-        with file.open("rb") as stream:
+        piece = memoryview(bytearray(_PIECE))
+        with file.open("rb", buffering=0) as stream:
             while True:
                 last = written.is_set()
-                while piece := stream.read(_PIECE):
-                    digest.update(piece)
-                    done += len(piece)
+                while count := stream.readinto(piece):
+                    digest.update(piece[:count])
+                    done += count
                 if last:
                     break
                 written.wait(0.002)
