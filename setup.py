@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "hydra-core==1.3.8",
     "omegaconf==2.3.1",
     "PyYAML==6.0.3",
+    "xxhash==4.1.0",
     "jinja2==3.1.6",
     "psutil==7.2.2",  # Megatron's checkpoint writer fails with an empty error without it
     "tqdm==4.70.1",

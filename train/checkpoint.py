@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from data.files import sha256_file, sha256_json, sync
 from data.ranks import on_first_rank
+from model.integrity import INTEGRITY
 from precision.backend import rounding_state, set_rounding_state
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
 from recipes.stages import Place
-from train.checksums import SUMS, damage, write_sums
+from train.checksums import damage, write_sums
 from train.guards import write_atomically
 from train.optimizer_state import (
     SHARDING,
@@ -364,7 +365,7 @@ class _Damaged(Exception):
 
 def write_meta(path: Path, meta: dict[str, Any]) -> None:
     """Mark a checkpoint complete. Its own checksum and that of the list of checksums are in it."""
-    whole = meta | {_LISTED: sha256_file(path / SUMS)}
+    whole = meta | {_LISTED: sha256_file(path / INTEGRITY)}
     text = json.dumps(whole | {_OWN: sha256_json(whole)}, indent=1)
     write_atomically(path / META, text + "\n")
 
@@ -389,8 +390,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise _Damaged(f"{META} is not as it was saved ({error})") from error
     if changed:
         raise _Damaged(f"{META} is not as it was saved: its SHA-256 differs")
-    if listed and (not (path / SUMS).exists() or sha256_file(path / SUMS) != listed):
-        raise _Damaged(f"{SUMS} is missing or not as it was saved")
+    if listed and (not (path / INTEGRITY).exists() or sha256_file(path / INTEGRITY) != listed):
+        raise _Damaged(f"{INTEGRITY} is missing or not as it was saved")
     return meta
 
 

@@ -1,22 +1,21 @@
 """Checksums of a checkpoint's files: made while they are written, compared before they are read.
 
-`integrity.json` has Megatron's format, `{"algorithm": "sha256", "files": {NAME: HEX}}`, and the
-sizes beside it under `bytes`, so that a message can say what happened to a file.
+`integrity.json` (model/integrity.py) has their sizes too, under `bytes`, so that a message can say
+what happened to a file.
 """
 
 import contextlib
-import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from data.files import sha256_file
+from model.integrity import INTEGRITY, checksum, new_digest, write_manifest
 
-SUMS = "integrity.json"
 _PIECE = 2**20
 
 
@@ -24,13 +23,14 @@ _PIECE = 2**20
 class Sum:
     """What a file was when it was written."""
 
-    sha256: str
-    bytes: int
+    digest: str
+    bytes: int | None
+    """None: not known; Megatron's manifest has no sizes."""
 
 
 def sum_of(file: Path) -> Sum:
     """Read a file that is there."""
-    return Sum(sha256_file(file), file.stat().st_size)
+    return Sum(checksum(file), file.stat().st_size)
 
 
 class Following:
@@ -63,7 +63,7 @@ class Following:
         return {file.name: self._sums.get(file.name) or sum_of(file) for file in self._files}
 
     def _follow(self, file: Path, written: threading.Event) -> None:
-        digest, done = hashlib.sha256(), 0
+        digest, done = new_digest(), 0
         while not file.exists():
             if written.wait(0.002):
                 return
@@ -84,12 +84,11 @@ class Following:
 def write_sums(folder: Path, known: Mapping[str, Sum]) -> None:
     """Write integrity.json of a checkpoint: the known sums, and those of its other files."""
     sums = {f.name: known.get(f.name) or sum_of(f) for f in sorted(folder.iterdir())}
-    manifest = {
-        "algorithm": "sha256",
-        "files": {name: one.sha256 for name, one in sums.items()},
-        "bytes": {name: one.bytes for name, one in sums.items()},
-    }
-    (folder / SUMS).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_manifest(
+        folder,
+        {name: one.digest for name, one in sums.items()},
+        bytes={name: one.bytes for name, one in sums.items()},
+    )
 
 
 def damage(folder: Path) -> str | None:
@@ -97,34 +96,40 @@ def damage(folder: Path) -> str | None:
 
     A collective: every rank must call it, and gets the same answer.
     """
-    manifest: list[dict[str, dict[str, int | str]] | str] = [""]
+    manifest: list[Any] = [""]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         try:
-            manifest = [json.loads((folder / SUMS).read_text())]
+            manifest = [json.loads((folder / INTEGRITY).read_text())]
         except (OSError, ValueError) as error:
-            manifest = [f"{SUMS}: {error}"]
+            manifest = [f"{INTEGRITY}: {error}"]
     dist.broadcast_object_list(manifest, src=0)
     if not isinstance(manifest[0], dict):
         return manifest[0]
     try:
         files, sizes = manifest[0]["files"], manifest[0].get("bytes", {})
+        algorithm = str(manifest[0]["algorithm"])
+        new_digest(algorithm)  # raises if it is unknown
         share = sorted(files)[rank::ranks]
-        own = [(n, w) for n in share if (w := _wrong(folder / n, str(files[n]), sizes.get(n)))]
+        own = [
+            (n, w)
+            for n in share
+            if (w := _wrong(folder / n, Sum(str(files[n]), sizes.get(n)), algorithm))
+        ]
     except (KeyError, TypeError, AttributeError) as error:
-        own = [(SUMS, f"{SUMS} is not as it was saved ({error})")]
+        own = [(INTEGRITY, f"{INTEGRITY} is not as it was saved ({error})")]
     everyone: list[list[tuple[str, str]]] = [[] for _ in range(ranks)]
     dist.all_gather_object(everyone, own)
     return "; ".join(wrong for _, wrong in sorted(sum(everyone, []))) or None
 
 
-def _wrong(file: Path, sha256: str, size: int | str | None) -> str | None:
+def _wrong(file: Path, was: Sum, algorithm: str) -> str | None:
     """What is wrong with a file, by name."""
     try:
-        if size is not None and (now := file.stat().st_size) != size:
-            return f"{file.name} has {now} bytes instead of {size}"
-        if sha256_file(file) != sha256:
-            return f"{file.name} is not what was saved: its SHA-256 differs"
+        if was.bytes is not None and (now := file.stat().st_size) != was.bytes:
+            return f"{file.name} has {now} bytes instead of {was.bytes}"
+        if checksum(file, algorithm) != was.digest:
+            return f"{file.name} is not what was saved: its checksum differs"
     except FileNotFoundError:
         return f"{file.name} is missing"
     except OSError as error:

@@ -6,8 +6,10 @@ from typing import Any
 
 from data.ranks import on_first_rank, raise_together
 from model.conversion.torch_dist import TorchDistReader, find_checkpoint
+from model.integrity import INTEGRITY
 from recipes.errors import CheckpointError
 from train.checkpoint import TrainState, some
+from train.checksums import damage
 
 
 def load_weights(path: Path, state: TrainState) -> Path:
@@ -45,12 +47,15 @@ def load_model(path: Path, chunks: list[Any]) -> Path:
         # Transformer Engine's own state belongs to a run's formats, not to the weights.
         request[str(i)] = {k: v for k, v in sharded.items() if not _is_extra_state(k)}
     _check_shapes(path, request, weights)
+    # Megatron saves without checksums unless it is asked for them.
+    wrong = damage(folder) if on_first_rank(lambda: (folder / INTEGRITY).exists()) else None
+    if wrong is not None:
+        raise CheckpointError(f"checkpoint.load={path} is damaged ({wrong}); restore it")
     try:
         loaded, missing, unexpected = dist_checkpointing.load(
             request,
             str(folder),
             strict=StrictHandling.RETURN_ALL,
-            verify_integrity=(folder / "integrity.json").exists(),
         )
     except dist_checkpointing.core.CheckpointingException as error:
         reason = " ".join(str(error).split())

@@ -226,7 +226,7 @@ class _Telling:
 @contextlib.contextmanager
 def _no_crc() -> Iterator[None]:
     """Inside, PyTorch's archives go without CRC-32, a third of the time they take: integrity.json
-    has the SHA-256 of every file."""
+    has a checksum of every file."""
     from torch.serialization import get_crc32_options, set_crc32_options
 
     before = get_crc32_options()

@@ -5,7 +5,6 @@ says where each piece is and which part of which tensor. Whatever layout wrote i
 put together from its pieces, or read as one slice of its leading axis.
 """
 
-import hashlib
 import io
 import json
 import pickle
@@ -36,10 +35,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from model.conversion.table import Pair, Shape, Spec
+from model.integrity import INTEGRITY, checksum, write_manifest
 from recipes.errors import CheckpointError
 
 METADATA = ".metadata"
-_SUMS = "integrity.json"
 _OPTIMIZER = "optimizer."
 _COMMON_STATE = "common_state/shard_0_1"
 """Where Megatron expects what is not a tensor; these checkpoints hold nothing else."""
@@ -221,8 +220,7 @@ class TorchDistWriter:
         self._writer.finish(Metadata(known), [results for results, _ in parts])
         sums = {name: sum_ for _, part in parts for name, sum_ in part.items()}
         sums |= {n: checksum(self.folder / n) for n in (METADATA, "metadata.json")}
-        text = json.dumps({"algorithm": "sha256", "files": sums}, indent=2)
-        (self.folder / _SUMS).write_text(text + "\n")
+        write_manifest(self.folder, sums)
 
     def _write(self, part: int, values: "_Values") -> Written:
         results = self._writer.write_data(self._plans[part], values).value()
@@ -337,9 +335,11 @@ class Checksums:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        manifest = folder / _SUMS
+        manifest = folder / INTEGRITY
         try:
-            self._sums: dict[str, str] = json.loads(manifest.read_text())["files"]
+            found = json.loads(manifest.read_text())
+            self._sums: dict[str, str] = found["files"]
+            self._algorithm: str = found["algorithm"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{manifest} cannot be read ({error}); restore the checkpoint, or convert it with "
@@ -356,23 +356,16 @@ class Checksums:
         """
         file = self._folder / name
         if name not in self._sums:
-            raise CheckpointError(f"{file} has no checksum in {_SUMS}; restore the checkpoint")
+            raise CheckpointError(f"{file} has no checksum in {INTEGRITY}; restore the checkpoint")
         with self._locks[name]:
             if name in self._checked:
                 return
-            if checksum(file) != self._sums[name]:
+            try:
+                now = checksum(file, self._algorithm)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file}: {error.strerror}; restore the checkpoint"
+                ) from error
+            if now != self._sums[name]:
                 raise CheckpointError(f"{file} is not as it was saved; restore the checkpoint")
             self._checked.add(name)
-
-
-def checksum(file: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}; restore the checkpoint") from error
