@@ -20,4 +20,4 @@ def test_cfg_prints_the_recipe_and_starts_nothing(
     recipe = load_recipe([f"experiment={experiment}"])
     assert shown["model"]["hybrid_layer_pattern"] == recipe.model.hybrid_layer_pattern
     assert shown["stage"]["global_batch_size"] == recipe.stage.global_batch_size
-    assert shown["run"]["dir"] == f"runs/{recipe.model.name}"
+    assert shown["run"]["dir"] == recipe.run.dir and "$" not in recipe.run.dir
