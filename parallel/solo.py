@@ -1,9 +1,8 @@
 """Collectives of one rank that have nothing to do, on a host.
 
-The distributed optimizer reduces and gathers its buffers in place, and gathers its state for a
-checkpoint. NCCL sees that a group of one rank has its result already; gloo copies the buffer to
-fresh memory and back (measured: a tenth of a step of the small model, a third of what an
-asynchronous save stops it for).
+The distributed optimizer reduces and gathers its buffers in place. NCCL sees that a group of
+one rank has its result already; gloo copies the buffer to fresh memory and back (measured: a
+tenth of a step of the small model).
 """
 
 from collections.abc import Callable
@@ -26,8 +25,7 @@ class Done:
 
 
 def install() -> None:
-    """Let reduce-scatters and all-gathers in place return at once in groups of one rank, and
-    gathers into a list copy once.
+    """Let reduce-scatters and all-gathers in place return at once in groups of one rank.
 
     Does nothing the second time. Must run before megatron takes the functions by value.
     """
@@ -35,7 +33,6 @@ def install() -> None:
         return
     sum_like = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.MIN)
     gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
-    gather_list = dist.all_gather
 
     def all_gather_into_tensor(
         output_tensor: torch.Tensor,
@@ -58,18 +55,6 @@ def install() -> None:
             return Done() if async_op else None
         return scatter(output, input, op=op, group=group, async_op=async_op)
 
-    def all_gather(
-        tensor_list: list[torch.Tensor],
-        tensor: torch.Tensor,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if len(tensor_list) == 1 == dist.get_world_size(group):
-            tensor_list[0].copy_(tensor)
-            return Done() if async_op else None
-        return gather_list(tensor_list, tensor, group=group, async_op=async_op)
-
-    _replace(all_gather)
     _replace(all_gather_into_tensor)
     _replace(reduce_scatter_tensor)
 

@@ -25,12 +25,12 @@ class MetricsFile:
         between loses nothing.
 
         Raises:
-            DataError: a line that is to be kept, or might be, cannot be read.
+            DataError: a line is no record.
         """
         if not self.path.exists():
             return
-        lines = self._lines()
-        kept = [line for line, r in zip(lines, self.read(), strict=True) if r["step"] <= step]
+        lines = enumerate(self._lines(), start=1)
+        kept = [line for n, line in lines if self._parse(n, line)["step"] <= step]
         scratch = self.path.with_suffix(".tmp")
         with scratch.open("w") as file:
             file.writelines(f"{line}\n" for line in kept)

@@ -340,7 +340,7 @@ class Checksums:
             found = json.loads(manifest.read_text())
             self._sums: dict[str, str] = found["files"]
             self._algorithm: str = found["algorithm"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{manifest} cannot be read ({error}); restore the checkpoint, or convert it with "
                 "convert.verify=false"
