@@ -24,6 +24,7 @@ from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
 from recipes.stages import Place
 from train.checksums import damage, write_sums
+from train.forked import can_act
 from train.guards import write_atomically
 from train.optimizer_state import (
     SHARDING,
@@ -124,42 +125,15 @@ class Checkpointer:
                 checkpoint is untouched. In the background: by the next call of `save`, `poll`
                 or `wait`.
         """
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.strategies.torch import (
-            TorchDistSaveShardedStrategy,
-        )
-
         self.wait()
         state.gather_parameters()
-        path = self.folder / f"iter_{state.progress.step:07d}"
-        meta = {
-            "progress": asdict(state.progress),
-            "layout": state.layout,
-            "data": self.data_fingerprint(state.progress.step),
-        }
-        if self.place is not None:
-            meta["stage"] = self._stage_at(state.progress.step)
-        with self._writer.explained():
-            on_first_rank(lambda: _clear(path))
-        first = self._strategy is None
-        if first:
-            # Plans once what each rank writes where: a run's state keeps its structure.
-            self._strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
-        request = dist_checkpointing.save(
-            _state_dict(state, loading=False),
-            str(path),
-            self._strategy,
-            # That every piece of every tensor is written once does not change either.
-            validate_access_integrity=first,
-            # Asked for in either case: Megatron's own synchronous save leaves the other ranks
-            # waiting when one cannot write.
-            async_sharded_save=True,
-            async_strategy="mcore",
-            content_metadata=_content_metadata(),
-        )
-        assert request is not None
-        request.finalize_fns.append(lambda: self._finish(path, meta))
-        self._writer.run(request, path, background=self.config.async_save)
+        if self.config.async_save and can_act():
+            step = state.progress.step
+            self._writer.fork(
+                lambda: self._write_whole(state), self._path(step), lambda: self._saved(step)
+            )
+        else:
+            self._write(state, background=self.config.async_save)
 
     def poll(self) -> None:
         """Finish a background save that is done. A collective: every rank must call it."""
@@ -203,6 +177,53 @@ class Checkpointer:
             self.last_saved = state.progress.step
             return True
         return False
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"iter_{step:07d}"
+
+    def _saved(self, step: int) -> None:
+        self.last_saved = step
+
+    def _write_whole(self, state: TrainState) -> None:
+        """All of a save, to the deletion of old ones, in a process that ends after it."""
+        self._write(state, background=False)
+        self._wait_for_removal()
+
+    def _write(self, state: TrainState, background: bool) -> None:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies.torch import (
+            TorchDistSaveShardedStrategy,
+        )
+
+        path = self._path(state.progress.step)
+        meta = {
+            "progress": asdict(state.progress),
+            "layout": state.layout,
+            "data": self.data_fingerprint(state.progress.step),
+        }
+        if self.place is not None:
+            meta["stage"] = self._stage_at(state.progress.step)
+        with self._writer.explained():
+            on_first_rank(lambda: _clear(path))
+        first = self._strategy is None
+        if first:
+            # Plans once what each rank writes where: a run's state keeps its structure.
+            self._strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
+        request = dist_checkpointing.save(
+            _state_dict(state, loading=False),
+            str(path),
+            self._strategy,
+            # That every piece of every tensor is written once does not change either.
+            validate_access_integrity=first,
+            # Asked for in either case: Megatron's own synchronous save leaves the other ranks
+            # waiting when one cannot write.
+            async_sharded_save=True,
+            async_strategy="mcore",
+            content_metadata=_content_metadata(),
+        )
+        assert request is not None
+        request.finalize_fns.append(lambda: self._finish(path, meta))
+        self._writer.run(request, path, background=background)
 
     def _candidates(self) -> list[Path]:
         """Complete checkpoints, newest first, none newer than `latest`; the same on all ranks."""
@@ -312,7 +333,7 @@ class Checkpointer:
             self._retain(path.name)
 
         on_first_rank(publish)
-        self.last_saved = meta["progress"]["step"]
+        self._saved(meta["progress"]["step"])
 
     def _retain(self, newest: str) -> None:
         """Keep the complete checkpoints the recipe asks for; drop others, and unfinished ones.

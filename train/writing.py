@@ -5,7 +5,6 @@ import errno
 import gc
 import logging
 import os
-import pickle
 import queue
 import re
 import shutil
@@ -19,44 +18,13 @@ import torch.distributed as dist
 from data.ranks import raise_together
 from recipes.errors import CheckpointError
 from train.checksums import Following, Sum
+from train.forked import Forked, Mailbox, end_with
 from train.rundir import unusable
-from train.world import end_with_parent
 
 _MEGATRON = "megatron.core.dist_checkpointing.strategies"
+_DIED = "the process that wrote it died"
 _FULL = 2**20
 """A disk with fewer bytes left counts as full: torch reports that as a nameless RuntimeError."""
-
-
-class Mailbox:
-    """Carries one object at a time from a forked child to its parent, or within a process.
-
-    Unlike a pipe it takes an object of any size before somebody reads: Megatron joins the
-    child first, so a pipe would block both for ever.
-    """
-
-    def __init__(self) -> None:
-        self._file = os.memfd_create("mailbox")
-
-    def __del__(self) -> None:
-        os.close(self._file)
-
-    def put(self, item: Any) -> None:
-        """Replace what is inside."""
-        os.ftruncate(self._file, 0)
-        data, written = memoryview(pickle.dumps(item)), 0
-        while written < len(data):
-            written += os.pwrite(self._file, data[written:], written)
-
-    def get_nowait(self) -> Any:
-        """Take out what is inside; raises queue.Empty if there is nothing."""
-        size = os.fstat(self._file).st_size
-        if size == 0:
-            raise queue.Empty
-        data = b""
-        while len(data) < size:
-            data += os.pread(self._file, size - len(data), len(data))
-        os.ftruncate(self._file, 0)
-        return pickle.loads(data)
 
 
 @dataclass
@@ -92,6 +60,8 @@ class Writer:
         """Of the files that all ranks have written, for the finalisers of a request."""
         self._path = run_dir
         self._background: Any = None
+        self._forked: Forked | None = None
+        self._done: Callable[[], None] = lambda: None
 
     def run(self, request: Any, path: Path, background: bool) -> None:
         """Execute an AsyncRequest that writes the checkpoint at `path`.
@@ -114,16 +84,37 @@ class Writer:
             else:
                 request.execute_sync()
 
+    def fork(self, save: Callable[[], None], path: Path, done: Callable[[], None]) -> None:
+        """Have a whole save done by a forked process; `poll` or `wait` raise what it raised.
+
+        Args:
+            save: writes the checkpoint at `path`, from first to last.
+            path: the checkpoint.
+            done: called here, after it is complete.
+        """
+        assert self._forked is None
+        self._path, self._done = path, done
+        self._forked = Forked(save)
+
     def poll(self, blocking: bool) -> None:
         """Finish a background write that is done. A collective: every rank must call it."""
+        forked = self._forked
+        if forked is not None and forked.ended(blocking):
+            self._forked = None
+            error = forked.outcome()
+            if isinstance(error, ChildProcessError):  # what it left goes with the next save
+                raise self._failed(_DIED) from error
+            if error is not None:
+                raise error
+            self._done()
         if self._background is not None:
             with self.explained():
                 self._background.maybe_finalize_async_calls(blocking=blocking)
 
     def close(self) -> None:
         """Finish what is being written."""
+        self.poll(blocking=True)
         if self._background is not None:
-            self.poll(blocking=True)
             self._background.close()
             self._background = None
 
@@ -143,7 +134,7 @@ class Writer:
         try:
             report = self._reports.get_nowait()
         except queue.Empty:
-            report = _Report(["the process that wrote it died"])
+            report = _Report([_DIED])
         error = None
         if report.reasons:
             reason = report.reasons[0]
@@ -202,10 +193,7 @@ class _Telling:
         logger = logging.getLogger(f"{_MEGATRON}.filesystem_async")
         logger.addHandler(collector)
         if os.getpid() != self._trainer:
-            # One that outlives its trainer would write into what the next start writes.
-            end_with_parent()
-            if os.getppid() != self._trainer:
-                os._exit(1)
+            end_with(self._trainer)
         try:
             with files.following(), _no_crc():
                 self._write(rank, buckets, results)

@@ -1,7 +1,7 @@
 """What may happen to a checkpoint's files: it is found before training goes on, and named."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,13 @@ def save(rank: int, world: int, runs: list[Path], seeds: list[int]) -> None:
             running.checkpointer.close()
 
 
-def load(rank: int, world: int, runs: list[Path], allow_previous: bool) -> list[int | str]:
-    """For each run the step it resumes at, or why it does not."""
+def load(
+    rank: int, world: int, runs: list[Path], allow_previous: bool, weights: Sequence[Path] = ()
+) -> list[int | str]:
+    """For each run the step it resumes at, or why it does not; then for each of some runs why
+    its weights do not load as those of `checkpoint.load`, 0 if they do."""
     from recipes.errors import CheckpointError
+    from train.weights import load_weights
 
     found: list[int | str] = []
     with laid_out(TWO_RANKS, world) as (recipe, layout):
@@ -41,6 +45,12 @@ def load(rank: int, world: int, runs: list[Path], allow_previous: bool) -> list[
                 found.append(
                     running.state.progress.step if running.checkpointer.load(running.state) else 0
                 )
+            except CheckpointError as error:
+                found.append(str(error))
+        for run in weights:
+            try:
+                load_weights(run, running.state)
+                found.append(0)
             except CheckpointError as error:
                 found.append(str(error))
     return found
@@ -118,7 +128,16 @@ def test_damage_is_named_and_the_one_before_is_used_when_allowed(
         runs.append(tmp_path / str(i))
         shutil.copytree(one, runs[-1])
         harm(runs[-1] / "checkpoints" / NEWEST)
-    refused, _ = run_distributed(load, 2, runs, False)
+    flipped = tmp_path / "flipped"
+    shutil.copytree(one, flipped)
+    flip(flipped / "checkpoints" / NEWEST / "__1_0.distcp", 0.6)
+    # One process loads all: each is a start of many seconds.
+    (*refused, whole, weights), _ = run_distributed(load, 2, runs, False, [one, flipped])
+    assert whole == 0
+    assert weights == (
+        f"checkpoint.load={flipped} is damaged (__1_0.distcp is not what was saved: its checksum "
+        "differs); restore it"
+    )
     for (case, (_, words)), message in zip(cases.items(), refused, strict=True):
         assert isinstance(message, str), f"{case}: loaded step {message}"
         assert " is damaged (" in message and words in message and REMEDY in message, (
