@@ -9,8 +9,8 @@ from model.hybrid import build_model, transformer_config
 from model.pattern import parse_pattern
 from precision.backend import seed_rounding
 from recipes.schema import Recipe
-from train.checkpoint import TrainState
 from train.optimizer import build_optimizer, build_schedule
+from train.state import TrainState
 from train.step import Routers
 
 if TYPE_CHECKING:

@@ -9,81 +9,39 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data.files import sha256_file, sha256_json, sync
 from data.ranks import on_first_rank
 from model.integrity import INTEGRITY
-from precision.backend import rounding_state, set_rounding_state
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
 from recipes.stages import Place
 from train.checksums import damage, write_sums
 from train.forked import can_act
 from train.guards import write_atomically
-from train.optimizer_state import (
-    SHARDING,
-    load_optimizer,
-    own_settings,
-    padding_kept,
-    whole_tensors_in_place,
+from train.optimizer_state import load_optimizer, own_settings
+from train.state import (
+    RNG,
+    Progress,
+    TrainState,
+    content_metadata,
+    model_key,
+    set_rng_state,
+    state_dict,
 )
 from train.writing import Writer
 
 META = "meta.json"
 LATEST = "latest"
-_RNG = "rng_state"
 _OWN, _LISTED = "sha256", "integrity_sha256"
 """Fields of meta.json: the checksum of the other fields, and that of the list of checksums."""
 _BEFORE = {"progress", "layout", "data"}
 """The fields of a meta.json written when it had no checksum."""
-
-
-@dataclass
-class Progress:
-    """Where a run is."""
-
-    step: int = 0
-    """Optimizer steps done, dropped ones included."""
-    consumed_samples: int = 0
-    """Sequences read."""
-    consumed_tokens: int = 0
-    """Tokens read; the position of the learning-rate schedule."""
-
-
-@dataclass
-class TrainState:
-    """Everything a checkpoint holds."""
-
-    chunks: list[Any]
-    """DDP-wrapped model chunks of this rank."""
-    optimizer: Any
-    """Megatron optimizer."""
-    schedule: Any
-    """Megatron OptimizerParamScheduler."""
-    progress: Progress = field(default_factory=Progress)
-    layout: dict[str, int] = field(default_factory=dict)
-    """Parallel sizes, written into meta.json; random states load only into the same layout."""
-    law_tokens: int = 0
-    """Tokens of the run before the schedule began: another stage may have had its own."""
-
-    def place_schedule(self) -> None:
-        """Put the schedule where the progress is."""
-        self.schedule.num_steps = self.progress.consumed_tokens - self.law_tokens
-        self.schedule.step(increment=0)
-
-    def gather_parameters(self) -> None:
-        """Give every rank the whole of the last update, before its weights are read. With
-        `overlap_param_gather` it has only its own share of it until the next forward pass."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                with torch.no_grad():
-                    chunk.start_param_sync(force_sync=True)
 
 
 class Checkpointer:
@@ -210,7 +168,7 @@ class Checkpointer:
             # Plans once what each rank writes where: a run's state keeps its structure.
             self._strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
         request = dist_checkpointing.save(
-            _state_dict(state, loading=False),
+            state_dict(state, loading=False),
             str(path),
             self._strategy,
             # That every piece of every tensor is written once does not change either.
@@ -219,7 +177,7 @@ class Checkpointer:
             # waiting when one cannot write.
             async_sharded_save=True,
             async_strategy="mcore",
-            content_metadata=_content_metadata(),
+            content_metadata=content_metadata(),
         )
         assert request is not None
         request.finalize_fns.append(lambda: self._finish(path, meta))
@@ -258,16 +216,16 @@ class Checkpointer:
                 "more epochs and so another order)"
             )
         same_layout = meta["layout"] == state.layout
-        request = _state_dict(state, loading=True)
+        request = state_dict(state, loading=True)
         if not same_layout:
-            request.pop(_RNG)
+            request.pop(RNG)
         try:
             loaded, missing, unexpected = dist_checkpointing.load(
                 request, str(path), strict=StrictHandling.RETURN_ALL
             )
         except dist_checkpointing.core.CheckpointingException as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
-        missing = {k for k in missing if not k.startswith(_RNG)}
+        missing = {k for k in missing if not k.startswith(RNG)}
         if missing or unexpected:
             raise CheckpointError(
                 f"{path} does not fit this model; only in the checkpoint: "
@@ -275,7 +233,7 @@ class Checkpointer:
             )
         for i, chunk in enumerate(state.chunks):
             unwrap_model(chunk).load_state_dict(
-                loaded[_model_key(i, len(state.chunks))], strict=True
+                loaded[model_key(i, len(state.chunks))], strict=True
             )
         with own_settings(state.optimizer):
             load_optimizer(state.optimizer, loaded["optimizer"])
@@ -285,7 +243,7 @@ class Checkpointer:
         state.progress = Progress(**loaded["progress"])
         state.place_schedule()
         if same_layout:
-            _set_rng_state(loaded[_RNG])
+            set_rng_state(loaded[RNG])
         else:
             self.say(
                 f"layout changed from {meta['layout']} to {state.layout}: random states start "
@@ -414,70 +372,6 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if listed and (not (path / INTEGRITY).exists() or sha256_file(path / INTEGRITY) != listed):
         raise _Damaged(f"{INTEGRITY} is missing or not as it was saved")
     return meta
-
-
-def _content_metadata() -> dict[str, Any]:
-    """What decides the format of Megatron's sharded state dicts."""
-    return {
-        "distrib_optim_sharding_type": SHARDING,
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-
-
-def _state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.utils import unwrap_model
-
-    metadata = _content_metadata() | {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
-    }
-    result: dict[str, Any] = {}
-    for i, chunk in enumerate(state.chunks):
-        key = _model_key(i, len(state.chunks))
-        result[key] = unwrap_model(chunk).sharded_state_dict(metadata=metadata)
-    # One chunk's names repeat in the next (layers are counted from 0 in each), so chunks stay
-    # apart.
-    models = dict(result) if len(state.chunks) > 1 else result["model"]
-    with padding_kept(state.optimizer), whole_tensors_in_place(state.optimizer):
-        optimizer = state.optimizer.sharded_state_dict(
-            models, is_loading=loading, metadata=metadata
-        )
-    several = len(state.optimizer.chained_optimizers) > 1
-    result["optimizer"] = optimizer if several else {0: optimizer}
-    result["schedule"] = state.schedule.state_dict()
-    result["progress"] = asdict(state.progress)
-    result[_RNG] = ShardedObject(
-        _RNG, _get_rng_state(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0
-    )
-    return result
-
-
-def _model_key(index: int, count: int) -> str:
-    return "model" if count == 1 else f"model{index}"
-
-
-def _get_rng_state() -> dict[str, Any]:
-    """Every generator training may draw from. On a host CPU and CUDA state are one."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-        "rounding": rounding_state(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    torch.set_rng_state(state["cpu"])
-    torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
-    set_rounding_state(state.get("rounding"))  # checkpoints of before have none
 
 
 def some(names: set[str]) -> str:

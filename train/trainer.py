@@ -16,7 +16,7 @@ from model.pattern import parse_pattern
 from parallel import wire
 from recipes.schema import Recipe
 from recipes.stages import Place, Shape, Span, pattern, tokens_per_step
-from train.checkpoint import Checkpointer, TrainState
+from train.checkpoint import Checkpointer
 from train.guards import (
     EXIT_COMPLETE,
     EXIT_NON_FINITE,
@@ -27,6 +27,7 @@ from train.guards import (
 )
 from train.metrics import Reporter
 from train.numerics import Numerics
+from train.state import TrainState
 from train.step import Routers, StepResult, reduce_losses, run_schedule
 from train.telemetry import Telemetry
 

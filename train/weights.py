@@ -8,8 +8,9 @@ from data.ranks import on_first_rank, raise_together
 from model.conversion.torch_dist import TorchDistReader, find_checkpoint
 from model.integrity import INTEGRITY
 from recipes.errors import CheckpointError
-from train.checkpoint import TrainState, some
+from train.checkpoint import some
 from train.checksums import damage
+from train.state import TrainState
 
 
 def load_weights(path: Path, state: TrainState) -> Path:

@@ -135,7 +135,7 @@ class Synthetic:
     """Stands where a TrainState does, for a state that is only tensors."""
 
     def __init__(self, tensors: dict[str, Any]) -> None:
-        from train.checkpoint import Progress
+        from train.state import Progress
 
         self.tensors, self.progress, self.layout = tensors, Progress(), {"dp": 1}
 
@@ -182,7 +182,7 @@ def measure_synthetic(folder: Path, chosen: argparse.Namespace) -> dict[str, Any
         return dict(state.tensors)
 
     with (
-        mock.patch.object(checkpoint, "_state_dict", state_dict),
+        mock.patch.object(checkpoint, "state_dict", state_dict),
         mock.patch.object(checkpoint.Checkpointer, "load", _load_synthetic),
     ):
         return measure(folder, state, chosen.rounds)

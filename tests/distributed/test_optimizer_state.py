@@ -30,15 +30,15 @@ def _both(rank: int, world_size: int, precision: str, folder: Path) -> tuple[int
     """Number of equal tensors, and of those whose memory is the optimizer's own."""
     import torch
 
-    from train import checkpoint
+    from train import state as saved
 
     (folder / "checkpoints").mkdir(parents=True)
     with laid_out(REFERENCE, world_size, f"precision={precision}") as (recipe, layout):
         state = trainer(recipe, layout, folder)
         state._step()
-        ours = _tensors(checkpoint._state_dict(state.state, loading=False))
-        with mock.patch.object(checkpoint, "whole_tensors_in_place", contextlib.nullcontext):
-            theirs = _tensors(checkpoint._state_dict(state.state, loading=False))
+        ours = _tensors(saved.state_dict(state.state, loading=False))
+        with mock.patch.object(saved, "whole_tensors_in_place", contextlib.nullcontext):
+            theirs = _tensors(saved.state_dict(state.state, loading=False))
         live = {
             tensor.untyped_storage().data_ptr()
             for one in state.state.optimizer.chained_optimizers
