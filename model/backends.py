@@ -70,7 +70,7 @@ def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Bac
     import torch
 
     from model.mamba_ssm_standin import install as install_mamba_ssm
-    from parallel import cuda_runtime, solo, uneven, wire
+    from parallel import cuda_runtime, embedding, solo, uneven, wire
     from parallel.device import choose_device
     from parallel.host_memory import keep_freed_memory
     from precision.backend import install_transformer_engine, needs_emulation
@@ -81,6 +81,7 @@ def install_backends(device: str = "auto", formats: Collection[str] = ()) -> Bac
     if host:
         keep_freed_memory()
         cuda_runtime.install()
+        embedding.install()
         solo.install()
         uneven.install()
     else:

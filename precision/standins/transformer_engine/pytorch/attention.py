@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block_attention import BlockAttention, Keys, OwnKeys, pieces_of
+from .block_attention import EXACT_QUERIES, BlockAttention, Keys, OwnKeys, pieces_of
 from .comm import Group, group_size
 from .context import COMM_TYPES, GatheredKeys, RingKeys, gather_heads, scatter_heads, zigzag
 from .module import refuse
@@ -92,9 +92,11 @@ class DotProductAttention(nn.Module):
             attention_mask=attention_mask is not None,
             **unsupported,
         )
-        if not packed and self.cp_group is None:
-            return self._dense(query_layer, key_layer, value_layer, mask)
         dropout = self.attention_dropout if self.training else 0.0
+        if not packed and self.cp_group is None:
+            if mask in _CAUSAL and not dropout and _is_long(query_layer, key_layer):
+                return self._blockwise(query_layer, key_layer, value_layer, None)
+            return self._dense(query_layer, key_layer, value_layer, mask)
         refuse(
             "DotProductAttention.forward over ranks or packed documents",
             attn_mask_type=mask if mask == "no_mask" else None,
@@ -154,6 +156,13 @@ class DotProductAttention(nn.Module):
         if group is not None and heads_split:
             out = scatter_heads(out, group)
         return out.flatten(2)
+
+
+def _is_long(queries: Tensor, keys: Tensor) -> bool:
+    """Whether PyTorch's backward pass would lose precision (block_attention.py)."""
+    s = queries.shape[0]
+    few_bits = queries.device.type == "cpu" and queries.element_size() < 4
+    return few_bits and s > EXACT_QUERIES and keys.shape[0] == s
 
 
 def _same_documents(queries: Tensor | None, keys: Tensor | None) -> bool:
