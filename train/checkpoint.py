@@ -5,6 +5,7 @@ complete one and moves only after every byte is on the disk. Any layout can load
 other layout saved.
 """
 
+import gc
 import json
 import shutil
 import threading
@@ -73,6 +74,7 @@ class Checkpointer:
         """Step of the newest complete checkpoint; call `wait` first if one is being written."""
         self._writer = Writer(folder.parent)
         self._strategy: Any = None
+        self._frozen = False
         self._removal: threading.Thread | None = None
 
     def save(self, state: TrainState) -> None:
@@ -84,6 +86,12 @@ class Checkpointer:
                 or `wait`.
         """
         self.wait()
+        if not self._frozen:
+            # Megatron collects garbage in every save and before every fork. What exists by now
+            # lives as long as the run, and is passed over from here on.
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
         state.gather_parameters()
         if self.config.async_save and can_act():
             step = state.progress.step

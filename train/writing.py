@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import queue
@@ -169,10 +168,6 @@ class Writer:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
             self._background = AsyncCallsQueue()
-            # A fork collects garbage first, a large part of the stall of a small model. What
-            # exists by now lives as long as the run, and is passed over from here on.
-            gc.collect()
-            gc.freeze()
         return self._background
 
 
