@@ -131,9 +131,11 @@ def train(
 def _train(
     recipe: Recipe, place: Place, layout: "Layout", data: "Batches", stop: StopRequest
 ) -> int:
+    import torch
     import torch.distributed as dist
 
     from model.counts import flops_per_token
+    from parallel.host_memory import give_back_activations
     from train import plots
     from train.build import build_state
     from train.checkpoint import Checkpointer
@@ -144,6 +146,10 @@ def _train(
     from train.weights import load_weights
 
     folder, first = Path(recipe.run.dir), dist.get_rank() == 0
+    shapes = pattern(recipe.stage).shapes
+    if not torch.cuda.is_available():
+        tokens = max(s.sequence_length * s.micro_batch_size for s in shapes) // layout.cp
+        give_back_activations(tokens, recipe.model.hidden_size)
     state, routers = build_state(recipe, layout)
     state.law_tokens = place.span.law_tokens
     said: list[str] = []
@@ -171,7 +177,6 @@ def _train(
         where += f", stage {place.span.name} ({of}: to step {place.span.end})"
     for message in (*said, f"{folder}: {where}; {layout}"):
         reporter.say(message)
-    shapes = pattern(recipe.stage).shapes
     flops = [flops_per_token(recipe.model, shape.sequence_length) for shape in shapes]
     limit = progress_limit(recipe, dist.get_world_size())
     try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.backends import Backends
+from parallel.host_memory import LARGE_PAGES
 from recipes.errors import ConfigError, LostRankError
 from recipes.schema import Recipe
 from train.guards import STOP_SIGNALS
@@ -161,13 +162,17 @@ def start_ranks(world_size: int, run_dir: Path) -> int:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
         ranks = []
         for rank in range(world_size):
-            env = os.environ | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                _RENDEZVOUS: f"{folder}/store",
-            }
+            env = (
+                LARGE_PAGES
+                | os.environ
+                | {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                    _RENDEZVOUS: f"{folder}/store",
+                }
+            )
             output = None
             if rank > 0:
                 with usable(run_dir):
