@@ -528,6 +528,9 @@ class ConvertConfig:
     quantize: str | None = None
     """Of to_hf: a precision policy (nvfp4, ...) whose nvfp4 modules are written with NVFP4 weights,
     in modelopt's format W4A16_NVFP4; null: none."""
+    calibration: str | None = None
+    """With quantize: what `python -m train.calibrate` wrote, for scales of activations too, in
+    modelopt's format NVFP4; null: weights alone."""
     shard_gigabytes: float = 5.0
     """Size of one file (10^9 bytes)."""
     workers: int = 2

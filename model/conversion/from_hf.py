@@ -55,6 +55,8 @@ def from_hf(options: ConvertConfig, say: Callable[[str], None]) -> Path:
     source, target = check_options(options)
     if options.quantize is not None:
         fail("convert.quantize", options.quantize, "is for to_hf", "leave it out")
+    if options.calibration is not None:
+        fail("convert.calibration", options.calibration, "is for to_hf", "leave it out")
     model = read_model_config(source)
     reader = SafetensorsReader(source)
     theirs = _Names(reader)

@@ -3,12 +3,16 @@
 A matrix [rows, columns] `X.weight` becomes `X.weight` (uint8 [rows, columns / 2], two E2M1 codes a
 byte, the first in the low nibble), `X.weight_scale` (E4M3 [rows, columns / 16]) and
 `X.weight_scale_2` (FP32, one number): x ~ E2M1 * weight_scale * weight_scale_2. Which modules, the
-precision policy says: those of format nvfp4 in training. Only weights are quantised
-(modelopt's W4A16_NVFP4): scales of activations need calibration, which is not done.
+precision policy says: those of format nvfp4 in training. Without a calibration only weights are
+quantised (modelopt's W4A16_NVFP4). With one (modelopt's NVFP4) there is `X.input_scale` too, one
+FP32 number: the largest activation of the module / (6 * 448). The experts of a layer share theirs.
 """
 
+import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +31,8 @@ from recipes.schema import ModelConfig, ParallelConfig
 
 type Entry = tuple[str, torch.dtype, Shape]
 
-ALGORITHM = "W4A16_NVFP4"
-"""Of modelopt: 4-bit weights, activations as they are."""
+WEIGHTS, BOTH = "W4A16_NVFP4", "NVFP4"
+"""Algorithms of modelopt: 4-bit weights with activations as they are, or in 4 bits too."""
 _SMALLEST_SCALE = 2.0**-9
 
 
@@ -38,14 +42,23 @@ class Quantizer:
     Args:
         policy: name of a recipe of the group `precision`; None: everything stays as it is.
         model: what is exported.
+        calibration: file of `python -m train.calibrate`; None: activations stay as they are.
 
     Raises:
-        ConfigError: there is no such policy, or none of the model's modules is in nvfp4 in it.
+        ConfigError: there is no such policy, or none of the model's modules is in nvfp4 in it; or
+            the calibration is of another policy or model.
     """
 
-    def __init__(self, policy: str | None, model: ModelConfig) -> None:
+    def __init__(
+        self, policy: str | None, model: ModelConfig, calibration: str | None = None
+    ) -> None:
         self._modules: frozenset[str] = frozenset()
+        self._activations: dict[str, float] | None = None
+        self.algorithm = WEIGHTS if calibration is None else BOTH
         if policy is None:
+            if calibration is not None:
+                rule = "scales what is quantised, and nothing is"
+                fail("convert.calibration", calibration, rule, "set convert.quantize")
             return
         if policy not in choices("precision"):
             shown = listed(choices("precision"))
@@ -64,14 +77,15 @@ class Quantizer:
         self._modules = frozenset(gemm.name for gemm in wanted)
         if not self._modules:
             fail("convert.quantize", policy, "has no module in nvfp4", "use another policy")
+        if calibration is not None:
+            self._activations = _calibrated(calibration, policy, self._modules)
 
     def __bool__(self) -> bool:
         return bool(self._modules)
 
     def covers(self, pair: Pair) -> bool:
         """Whether the tensors of a pair are quantised."""
-        module, weight, _ = pair.native[0].name.partition(".weight")
-        return bool(weight) and module.replace(".experts.experts.", ".experts.") in self._modules
+        return _module(pair) in self._modules
 
     def entries(self, pair: Pair, dtype: torch.dtype) -> list[Entry]:
         """Name, dtype and shape of everything a pair is written as."""
@@ -85,6 +99,10 @@ class Quantizer:
                 (f"{spec.name}_scale", torch.float8_e4m3fn, (rows, columns // _BLOCK)),
                 (f"{spec.name}_scale_2", torch.float32, ()),
             ]
+            if self._activations is not None:
+                found.append(
+                    (f"{spec.name.removesuffix('.weight')}.input_scale", torch.float32, ())
+                )
         return found
 
     def tensors(self, pair: Pair, values: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -92,6 +110,8 @@ class Quantizer:
         for value in values:
             if self.covers(pair):
                 yield from pack(value)
+                if self._activations is not None:
+                    yield torch.tensor(self._activations[_module(pair)] / UNIT)
             else:
                 yield value.to(dtype)
 
@@ -112,7 +132,7 @@ class Quantizer:
         return {
             "producer": {"name": "strata", "version": "0.1.0"},
             "quantization": {
-                "quant_algo": ALGORITHM,
+                "quant_algo": self.algorithm,
                 "kv_cache_quant_algo": None,
                 "group_size": _BLOCK,
                 "exclude_modules": sorted(excluded),
@@ -122,14 +142,50 @@ class Quantizer:
     def hf_config(self, plan: Sequence[Pair]) -> dict[str, Any]:
         """The same as config.json's quantization_config."""
         said = self.config(plan)
-        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": _BLOCK}
+        form = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": _BLOCK}
+        group: dict[str, Any] = {"weights": form, "targets": ["Linear"]}
+        if self._activations is not None:
+            group = {"input_activations": form} | group
         return {
-            "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+            "config_groups": {"group_0": group},
             "ignore": said["quantization"]["exclude_modules"],
-            "quant_algo": ALGORITHM,
+            "quant_algo": self.algorithm,
             "producer": said["producer"],
             "quant_method": "modelopt",
         }
+
+
+def _module(pair: Pair) -> str:
+    """The module a pair's weight is of, by the name policies have for it; empty for a vector."""
+    module, weight, _ = pair.native[0].name.partition(".weight")
+    return module.replace(".experts.experts.", ".experts.") if weight else ""
+
+
+def _calibrated(file: str, policy: str, modules: Collection[str]) -> dict[str, float]:
+    """Module -> its largest activation.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another policy or model.
+    """
+    remedy = f"write it with python -m train.calibrate CHECKPOINT FILE --policy {policy}"
+    try:
+        said = json.loads(Path(file).read_text())
+        found = {str(name): float(value) for name, value in said["activations"].items()}
+        other = said["policy"]
+    except OSError as error:
+        fail("convert.calibration", file, f"cannot be read: {error.strerror}", remedy)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail("convert.calibration", file, f"is no calibration ({error!r})", remedy)
+    if other != policy:
+        fail("convert.calibration", file, f"is of the policy {other}, not {policy}", remedy)
+    if found.keys() != modules:
+        shown = listed(sorted(found.keys() ^ set(modules))[:3])
+        fail("convert.calibration", file, f"is of another model: they differ in {shown}", remedy)
+    silent = [name for name, value in found.items() if not 0 < value < math.inf]
+    if silent:
+        rule = f"has no scale for {listed(silent[:3])}, whose activations were 0 or not finite"
+        fail("convert.calibration", file, rule, "read more batches, or mend the run")
+    return found
 
 
 def _experts(name: str, whole: bool = True) -> str:

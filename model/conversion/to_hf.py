@@ -66,7 +66,7 @@ def to_hf(options: ConvertConfig) -> Path:
     plan = pairs(model)
     compare(checkpoint, native_shapes(plan), reader.shapes)
     tokenizer = _tokenizer(options, checkpoint, recipe)
-    quantizer = Quantizer(options.quantize, model)
+    quantizer = Quantizer(options.quantize, model, options.calibration)
     work = Work(target, task("to_hf", checkpoint, reader.files(), options))
 
     def dtype(pair: Pair) -> torch.dtype:

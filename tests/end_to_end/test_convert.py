@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.end_to_end.training import Command, records, train
 
@@ -49,9 +50,21 @@ def test_a_run_goes_out_and_comes_back(data: Path, straight: Path, tmp_path: Pat
 def test_a_run_goes_out_in_nvfp4(data: Path, straight: Path, tmp_path: Path):
     convert(data, "to_hf", str(straight), str(tmp_path), "convert.quantize=nvfp4").run()
     config = json.loads((tmp_path / "hf_quant_config.json").read_text())
-    assert "NVFP4" in config["quantization"]["quant_algo"]
+    assert config["quantization"]["quant_algo"] == "W4A16_NVFP4"
     names = json.loads((tmp_path / "config.json").read_text())
     assert names["quantization_config"]
+
+    # With activations. The first module's input is known but for the tokens: normed embeddings.
+    file, both = tmp_path / "calibration.json", tmp_path / "both"
+    Command((str(straight), str(file), "--batches", "2"), data, "train.calibrate").run()
+    words = ("convert.quantize=nvfp4", f"convert.calibration={file}")
+    convert(data, "to_hf", str(straight), str(both), *words).run()
+    tensors = load_file(both / "model.safetensors")
+    rows = tensors["backbone.embeddings.weight"].float()
+    normed = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    bound = (normed * tensors["backbone.layers.0.norm.weight"].float()).abs().max().item()
+    largest = tensors["backbone.layers.0.mixer.in_proj.input_scale"].item() * 6 * 448
+    assert 0.3 * bound < largest <= 1.01 * bound
 
 
 def test_a_run_is_merged_and_evaluated(data: Path, straight: Path, tmp_path: Path):

@@ -24,6 +24,11 @@ ELSEWHERE = {
     "python -m model.convert to_hf runs/mine exported convert.quantize=nvfp4": (
         "tests/end_to_end/test_convert.py"
     ),
+    "python -m train.calibrate runs/mine calibration.json --batches 32": (
+        "tests/end_to_end/test_convert.py"
+    ),
+    "python -m model.convert to_hf runs/mine exported convert.quantize=nvfp4 "
+    "convert.calibration=calibration.json": "tests/end_to_end/test_convert.py",
     "python -m model.convert from_hf exported imported": "tests/end_to_end/test_convert.py",
     "python -m train --config-dir imported/recipes experiment=tiny model=exported "
     "checkpoint.load=imported run.dir=runs/on": "tests/end_to_end/test_convert.py",

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.conversion.common import saved_model
 from model.conversion.from_hf import from_hf
-from model.conversion.quantized import pack
+from model.conversion.quantized import Quantizer, pack
 from model.conversion.to_hf import to_hf
+from model.conversion.torch_dist import saved_recipe
 from recipes.errors import ConfigError
 from tests.unit.conversion import build, model_of, options, save, scramble, tensors
 from tests.unit.world import fresh_world
@@ -139,6 +141,72 @@ def test_modelopt_packs_the_same_bytes(exported: tuple[Path, Path, Path]) -> Non
         assert torch.equal(theirs._quantized_data, codes)
         assert torch.equal(their_scale.view(torch.uint8), scale.view(torch.uint8))
         assert torch.equal(their_whole.reshape(()), whole)
+
+
+def calibration(file: Path, native: Path, **changes: Any) -> str:
+    """As `python -m train.calibrate` writes it, with numbers of ours."""
+    model = saved_model(native, saved_recipe(native))
+    modules = sorted(Quantizer("nvfp4", model)._modules)
+    activations = {name: 0.5 + i for i, name in enumerate(modules)} | changes.pop("activations", {})
+    file.write_text(json.dumps({"policy": "nvfp4", "activations": activations} | changes))
+    return str(file)
+
+
+def test_a_calibration_adds_scales_of_activations(
+    exported: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    native, _, weights = exported
+    layer = "decoder.layers.1.mlp.experts.linear_fc1"
+    own = {layer: 8.0, "decoder.layers.0.mixer.in_proj": 2688.0}
+    file = calibration(tmp_path / "c.json", native, activations=own)
+    to_hf(options(native, tmp_path / "both", quantize="nvfp4", calibration=file))
+    before, after = tensors(weights), tensors(tmp_path / "both")
+    for name, value in before.items():
+        assert torch.equal(after[name].view(torch.uint8), value.view(torch.uint8)), name
+    scales = {n: v for n, v in after.items() if n not in before}
+    packed = {n.removesuffix(".weight_scale") for n in before if n.endswith(".weight_scale")}
+    assert {n.removesuffix(".input_scale") for n in scales} == packed
+    assert all(v.dtype == torch.float32 and v.shape == () and v > 0 for v in scales.values())
+    assert scales["backbone.layers.0.mixer.in_proj.input_scale"] == 1
+    for expert in (0, 3):  # 8 of the 2,688 = 6 * 448 that a scaled block reaches
+        name = f"backbone.layers.1.mixer.experts.{expert}.up_proj.input_scale"
+        assert scales[name].item() == pytest.approx(0.00297619, rel=1e-5)
+    said = json.loads((tmp_path / "both/config.json").read_text())["quantization_config"]
+    own_file = json.loads((tmp_path / "both/hf_quant_config.json").read_text())["quantization"]
+    assert said["quant_algo"] == own_file["quant_algo"] == "NVFP4"
+    group = said["config_groups"]["group_0"]
+    assert group["input_activations"] == group["weights"] and group["weights"]["num_bits"] == 4
+
+
+def test_a_calibration_of_something_else_is_refused(
+    exported: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    native, plain, _ = exported
+    good = calibration(tmp_path / "good.json", native)
+    (tmp_path / "broken.json").write_text("{")
+    in_proj = "decoder.layers.0.mixer.in_proj"
+    for words, message in (
+        ({"calibration": good}, "scales what is quantised, and nothing is; set convert.quantize"),
+        ({"calibration": str(tmp_path / "no.json")}, "cannot be read: No such file"),
+        ({"calibration": str(tmp_path / "broken.json")}, "is no calibration"),
+        (
+            {"calibration": calibration(tmp_path / "1.json", native, policy="nvfp4_all")},
+            "is of the policy nvfp4_all, not nvfp4; write it with python -m train.calibrate",
+        ),
+        (
+            {"calibration": calibration(tmp_path / "2.json", native, activations={"x": 1.0})},
+            "is of another model: they differ in x;",
+        ),
+        (
+            {"calibration": calibration(tmp_path / "3.json", native, activations={in_proj: 0.0})},
+            f"has no scale for {in_proj}",
+        ),
+    ):
+        quantize = {} if "nothing is" in message else {"quantize": "nvfp4"}
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            to_hf(options(native, tmp_path / "x", **quantize, **words))
+    with pytest.raises(ConfigError, match="convert.calibration=.* is for to_hf"):
+        from_hf(options(plain, tmp_path / "y", calibration=good), print)
 
 
 def test_a_policy_that_quantises_nothing_is_refused(
