@@ -23,8 +23,8 @@ RUNNING = {"task": "7", "state": "RUNNING", "nodes": "n[1-2]", "left": "1:02", "
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run at step 30 of 40, restarted once."""
-    monkeypatch.setattr(client, "available", lambda program="sbatch": True)
+    """A run at step 30 of 40, restarted once, where Slurm keeps no accounts."""
+    monkeypatch.setattr(client, "available", lambda program="sbatch": program != "sacct")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "slurm").mkdir()
     stage = {"train_steps": None, "train_tokens": 4e4, "global_batch_size": 10}
