@@ -74,7 +74,7 @@ def calibrate(loaded: Loaded, batches: int, file: Path) -> int:
     largest: dict[str, float] = defaultdict(float)
 
     def see(module: str, _: Any, role: str, source: Any, quantized: Any) -> None:
-        if role == "activation":
+        if role == "input":
             largest[module] = max(largest[module], source.abs().max().item())
 
     for module_name, module in modules.items():

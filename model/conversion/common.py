@@ -12,8 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.files import sha256_file
 from model.conversion.table import Pair, Shape
+from model.integrity import checksum
 from model.validate import validate_model
 from recipes.errors import CheckpointError, ConfigError
 from recipes.rules import above, at_least, one_of
@@ -98,7 +98,7 @@ def task(direction: str, source: Path, files: Iterable[Path], options: ConvertCo
         "source": source_state(source, files),
         "dtype": options.dtype,
         "quantize": options.quantize,
-        "calibration": options.calibration and sha256_file(Path(options.calibration)),
+        "calibration": options.calibration and checksum(Path(options.calibration)),
         "shard_gigabytes": options.shard_gigabytes,
     }
 
