@@ -69,7 +69,8 @@ def calibrate(loaded: Loaded, batches: int, file: Path) -> int:
     modules = {n: m for n, m in linear_modules([loaded.model]).items() if n in wanted}
     if any(not hasattr(module, "observer") for module in modules.values()):
         raise ConfigError(
-            "calibration watches the emulated Transformer Engine; run it with run.device=host"
+            "calibration watches the emulated Transformer Engine, and this machine has the real "
+            "one; run it where there is no GPU"
         )
     largest: dict[str, float] = defaultdict(float)
 

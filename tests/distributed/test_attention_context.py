@@ -102,7 +102,7 @@ def test_packed_documents_equal_each_alone() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_of_a_long_sequence_are_rounded_once(packed: bool) -> None:
     """In BF16, against the same sequence in FP32: half a unit in the last place is 0.2 %.
-    Summed over queries in BF16 they would be off by 0.8 %."""
+    Summed over queries in BF16 they would be off by 1 %."""
     import transformer_engine.pytorch as te
 
     length, d = 16384, 8
