@@ -5,6 +5,7 @@ gathered in place to fresh memory and back (measured: a tenth of a step of the s
 hands everything to a thread of its own, which a forked process (train/forked.py) has not.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 _SUM_LIKE = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.MIN)
+
+Arguments = dict[str, Any]
 
 
 class Done:
@@ -34,99 +37,46 @@ def install() -> None:
 
     Does nothing the second time. Must run before megatron takes the functions by value.
     """
-    if dist.all_gather_into_tensor.__module__ == __name__:
+    if dist.barrier.__module__ == __name__:
         return
-    gather_into, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
-    reduce, send, wait = dist.all_reduce, dist.broadcast, dist.barrier
-    gather_all, gather_one = dist.all_gather, dist.gather
-
-    def all_gather_into_tensor(
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if _in_place(output_tensor, input_tensor) and _alone(group):
-            return _done(async_op)
-        return gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
-
-    def reduce_scatter_tensor(
-        output: torch.Tensor,
-        input: torch.Tensor,
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if op in _SUM_LIKE and _in_place(output, input) and _alone(group):
-            return _done(async_op)
-        return scatter(output, input, op=op, group=group, async_op=async_op)
-
-    def all_reduce(
-        tensor: torch.Tensor,
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if op in _SUM_LIKE and _alone(group):
-            return _done(async_op)
-        return reduce(tensor, op=op, group=group, async_op=async_op)
-
-    def broadcast(
-        tensor: torch.Tensor,
-        src: int | None = None,
-        group: Any = None,
-        async_op: bool = False,
-        group_src: int | None = None,
-    ) -> Any:
-        if _alone(group):
-            return _done(async_op)
-        return send(tensor, src, group, async_op, group_src)
-
-    def barrier(group: Any = None, async_op: bool = False, *args: Any, **kwargs: Any) -> Any:
-        if _alone(group):
-            return _done(async_op)
-        return wait(group, async_op, *args, **kwargs)
-
-    def all_gather(
-        tensor_list: list[torch.Tensor],
-        tensor: torch.Tensor,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if _alone(group) and _fits(tensor_list, tensor):
-            tensor_list[0].copy_(tensor)
-            return _done(async_op)
-        return gather_all(tensor_list, tensor, group=group, async_op=async_op)
-
-    def gather(
-        tensor: torch.Tensor,
-        gather_list: list[torch.Tensor] | None = None,
-        dst: int | None = None,
-        group: Any = None,
-        async_op: bool = False,
-        group_dst: int | None = None,
-    ) -> Any:
-        if gather_list is not None and _alone(group) and _fits(gather_list, tensor):
-            gather_list[0].copy_(tensor)
-            return _done(async_op)
-        return gather_one(tensor, gather_list, dst, group, async_op, group_dst)
-
-    replaced: tuple[Callable[..., Any], ...] = (
-        all_gather_into_tensor,
-        reduce_scatter_tensor,
-        all_reduce,
-        broadcast,
-        barrier,
-        all_gather,
-        gather,
-    )
-    for function in replaced:
+    for name, finish in _FINISH.items():
+        function = _unless_alone(getattr(dist, name), finish)
         for module in (dist, distributed_c10d):  # torch's own functions find them in the latter
-            setattr(module, function.__name__, function)
+            setattr(module, name, function)
 
 
-def _alone(group: Any) -> bool:
-    return dist.get_world_size(group) == 1
+def _unless_alone(
+    collective: Callable[..., Any], finish: Callable[[Arguments], bool]
+) -> Callable[..., Any]:
+    """A collective that in a group of one rank only finishes, where that is possible."""
+    signature = inspect.signature(collective)
+    place = list(signature.parameters).index("group")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        group = args[place] if len(args) > place else kwargs.get("group")
+        if dist.get_world_size(group) == 1:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            if finish(given.arguments):
+                return Done() if given.arguments["async_op"] else None
+        return collective(*args, **kwargs)
+
+    call.__name__ = collective.__name__
+    return call
+
+
+def _nothing(given: Arguments) -> bool:
+    return True
+
+
+def _sums(given: Arguments) -> bool:
+    """Whether the reduction of one part is the part."""
+    return given["op"] in (
+        dist.ReduceOp.SUM,
+        dist.ReduceOp.AVG,
+        dist.ReduceOp.MAX,
+        dist.ReduceOp.MIN,
+    )
 
 
 def _in_place(output: torch.Tensor, source: torch.Tensor) -> bool:
@@ -138,10 +88,26 @@ def _in_place(output: torch.Tensor, source: torch.Tensor) -> bool:
     )
 
 
-def _fits(parts: list[torch.Tensor], tensor: torch.Tensor) -> bool:
-    """Anything else is an error, which is the library's to explain."""
-    return len(parts) == 1 and parts[0].shape == tensor.shape and parts[0].dtype == tensor.dtype
+def _fill(parts: list[torch.Tensor] | None, tensor: torch.Tensor) -> bool:
+    """Copy the one part; lists of anything else are errors, which are the library's to explain."""
+    if parts is None or len(parts) != 1:
+        return False
+    if parts[0].shape != tensor.shape or parts[0].dtype != tensor.dtype:
+        return False
+    parts[0].copy_(tensor)
+    return True
 
 
-def _done(async_op: bool) -> Done | None:
-    return Done() if async_op else None
+_FINISH: dict[str, Callable[[Arguments], bool]] = {
+    "all_gather_into_tensor": lambda given: _in_place(
+        given["output_tensor"], given["input_tensor"]
+    ),
+    "reduce_scatter_tensor": lambda given: (
+        _sums(given) and _in_place(given["output"], given["input"])
+    ),
+    "all_reduce": _sums,
+    "broadcast": _nothing,
+    "barrier": _nothing,
+    "all_gather": lambda given: _fill(given["tensor_list"], given["tensor"]),
+    "gather": lambda given: _fill(given["gather_list"], given["tensor"]),
+}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.conversion.common import saved_model
@@ -17,6 +18,7 @@ from model.conversion.to_hf import to_hf
 from model.conversion.torch_dist import saved_recipe
 from recipes.errors import ConfigError
 from tests.unit.conversion import build, model_of, options, save, scramble, tensors
+from tests.unit.oracles import run, unpacked
 from tests.unit.world import fresh_world
 
 VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
@@ -129,20 +131,6 @@ def test_tiny_blocks_keep_what_the_smallest_scale_can_say() -> None:
     assert not zeros[0].any() and zeros[1].float().isfinite().all()
 
 
-def test_modelopt_packs_the_same_bytes(exported: tuple[Path, Path, Path]) -> None:
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is of the extra `gpu`")
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
-
-    plain, packed = tensors(exported[1]), tensors(exported[2])
-    names = [name.removesuffix("_scale") for name in packed if name.endswith("weight_scale")]
-    cases = [(plain[n], (packed[n], packed[f"{n}_scale"], packed[f"{n}_scale_2"])) for n in names]
-    for value, (codes, scale, whole) in [*cases, (hard(), pack(hard()))]:
-        theirs, their_scale, their_whole = NVFP4QTensor.quantize(value.clone(), 16)
-        assert torch.equal(theirs._quantized_data, codes)
-        assert torch.equal(their_scale.view(torch.uint8), scale.view(torch.uint8))
-        assert torch.equal(their_whole.reshape(()), whole)
-
-
 def calibration(file: Path, native: Path, **changes: Any) -> str:
     """As `python -m train.calibrate` writes it, with numbers of ours."""
     model = saved_model(native, saved_recipe(native))
@@ -150,6 +138,38 @@ def calibration(file: Path, native: Path, **changes: Any) -> str:
     activations = {name: 0.5 + i for i, name in enumerate(modules)} | changes.pop("activations", {})
     file.write_text(json.dumps({"policy": "nvfp4", "activations": activations} | changes))
     return str(file)
+
+
+def test_modelopt_writes_the_same_bytes(exported: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Codes, both scales of the weights and that of the activations, and what is hard to round."""
+    native, plain, _ = exported
+    file = calibration(tmp_path / "c.json", native)
+    to_hf(options(native, tmp_path / "both", quantize="nvfp4", calibration=file))
+    before, after = tensors(plain), tensors(tmp_path / "both")
+    largest = json.loads(Path(file).read_text())["activations"]
+    modules = {
+        "backbone.layers.0.mixer.in_proj": largest["decoder.layers.0.mixer.in_proj"],
+        "backbone.layers.1.mixer.experts.3.up_proj": largest[
+            "decoder.layers.1.mlp.experts.linear_fc1"
+        ],
+        "backbone.layers.1.mixer.shared_experts.down_proj": largest[
+            "decoder.layers.1.mlp.shared_experts.linear_fc2"
+        ],
+    }
+    parts = zip(("weight", "weight_scale", "weight_scale_2"), pack(hard()), strict=True)
+    after |= {f"hard.{part}": value for part, value in parts}
+    after["hard.input_scale"] = torch.tensor(5 / 2688)
+    save_file(before | {"hard.weight": hard()}, tmp_path / "plain.safetensors")
+    save_file(after, tmp_path / "quantised.safetensors")
+    wheels = ("nvidia-modelopt==0.47.0", "pulp==3.3.0", "nvidia-ml-py==13.615.71", "scipy==1.18.1")
+    task = {
+        "wheels": [str(unpacked(wheel, "modelopt or what it imports")) for wheel in wheels],
+        "plain": str(tmp_path / "plain.safetensors"),
+        "quantised": str(tmp_path / "quantised.safetensors"),
+        "largest": modules | {"hard": 5.0},
+    }
+    (tmp_path / "modelopt.json").write_text(json.dumps(task))
+    assert "4 modules agree" in run("tests.unit.modelopt_reference", tmp_path)
 
 
 def test_a_calibration_adds_scales_of_activations(
