@@ -26,9 +26,10 @@ def main(folder: Path) -> None:
     plain, quantised = load_file(task["plain"]), load_file(task["quantised"])
     for name, largest in task["largest"].items():
         weight = plain[f"{name}.weight"]
-        linear = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+        rows, columns = weight.shape
+        linear = torch.nn.Linear(columns, rows, bias=False, dtype=weight.dtype)
         linear.weight.data.copy_(weight)
-        x = torch.zeros(3, weight.shape[1], dtype=weight.dtype)
+        x = torch.zeros(3, columns, dtype=weight.dtype)
         x[1, 5], x[2, 0] = -largest, largest / 3
         holder = mtq.quantize(
             torch.nn.Sequential(linear), mtq.NVFP4_DEFAULT_CFG, lambda model, x=x: model(x)
