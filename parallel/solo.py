@@ -71,12 +71,7 @@ def _nothing(given: Arguments) -> bool:
 
 def _sums(given: Arguments) -> bool:
     """Whether the reduction of one part is the part."""
-    return given["op"] in (
-        dist.ReduceOp.SUM,
-        dist.ReduceOp.AVG,
-        dist.ReduceOp.MAX,
-        dist.ReduceOp.MIN,
-    )
+    return given["op"] in _SUM_LIKE
 
 
 def _in_place(output: torch.Tensor, source: torch.Tensor) -> bool:
