@@ -119,6 +119,13 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def tensors_equal(first: Path, second: Path) -> bool:
+    a, b = tensors(first), tensors(second)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
+
+
 def build(model: ModelConfig, parallel: ParallelConfig | None = None, **ends: bool) -> Any:
     """This rank's part of the model, in FP32."""
     recipe = recipe_of(model)
