@@ -2,14 +2,15 @@
 
 An export with quantised weights can then say how to scale activations too: `python -m model.convert
 to_hf ... convert.quantize=POLICY convert.calibration=FILE`. Runs the checkpoint on one rank, on the
-first training batches of its run, with the modules of the policy quantised. FILE is JSON: the
-policy, how many tokens were read, and by module the largest absolute value of its input.
+first training batches of its run, unquantised, as modelopt calibrates. FILE is JSON: the policy,
+how many tokens were read, and by module the largest absolute value of its input.
 """
 
 import argparse
 import json
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from recipes.compose import load_recipe
 from recipes.errors import ConfigError, StrataError
 from recipes.rules import listed
+from recipes.schema import PrecisionConfig
 from train.guards import write_atomically
 from train.loaded import Loaded, with_model
 
@@ -35,51 +37,61 @@ def main() -> None:
     try:
         # As the export reads it: of that recipe nothing else is used.
         precision = load_recipe(["experiment=tiny", f"precision={chosen.policy}"]).precision
-        job = partial(calibrate, batches=chosen.batches, file=chosen.file)
-        code = with_model(chosen.checkpoint, job, precision)
+        job = partial(calibrate, precision=precision, batches=chosen.batches, file=chosen.file)
+        code = with_model(chosen.checkpoint, job)
     except StrataError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code)
 
 
-def calibrate(loaded: Loaded, batches: int, file: Path) -> int:
-    """Write the largest activation of every NVFP4 module.
+def calibrate(loaded: Loaded, precision: PrecisionConfig, batches: int, file: Path) -> int:
+    """Write the largest activation of every module the policy `precision` has in NVFP4.
 
     Raises:
-        ConfigError: the policy has no such module, or the modules are the real Transformer
-            Engine's, which cannot be watched.
+        ConfigError: it has none, or one met no token.
     """
     import torch
     from tqdm import tqdm
 
     from model.gemms import policy_of
-    from precision.apply import apply_policy, linear_modules
+    from precision.apply import linear_modules
     from train.batches import Batches, check_data
     from train.step import forward_step
 
     recipe = loaded.recipe
-    policy, name = policy_of(recipe), recipe.precision.name
+    policy = policy_of(replace(recipe, precision=precision))
     wanted = {d.gemm.name for d in policy.start if d.format == "nvfp4"}
     if not wanted:
-        raise ConfigError(f"--policy={name} has no module in nvfp4; use another policy")
+        raise ConfigError(f"--policy={precision.name} has no module in nvfp4; use another policy")
     check_data(recipe)
     data = Batches(recipe, dp=1).train_from(0)
-    apply_policy([loaded.model], policy)
-    modules = {n: m for n, m in linear_modules([loaded.model]).items() if n in wanted}
-    if any(not hasattr(module, "observer") for module in modules.values()):
-        raise ConfigError(
-            "calibration watches the emulated Transformer Engine, and this machine has the real "
-            "one; run it where there is no GPU"
-        )
+    modules = linear_modules([loaded.model])
     largest: dict[str, float] = defaultdict(float)
 
-    def see(module: str, _: Any, role: str, source: Any, quantized: Any) -> None:
-        if role == "input":
-            largest[module] = max(largest[module], source.abs().max().item())
+    def see(module: str, x: torch.Tensor) -> None:
+        if x.numel():
+            largest[module] = max(largest[module], x.abs().max().item())
 
-    for module_name, module in modules.items():
-        setattr(module, "observer", partial(see, module_name))  # noqa: B010 - not of every module
+    def taken(name: str, module: Any, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        if hasattr(module, "layer_norm_weight"):  # it normalises what it is given
+            weight = module.layer_norm_weight
+            x = torch.nn.functional.rms_norm(x, weight.shape, weight, module.eps)
+        see(name, x)
+
+    def activated(name: str, module: Any, _: Any, made: tuple[torch.Tensor, Any]) -> None:
+        see(name, module.config.activation_func(made[0]))
+
+    for name in wanted:
+        experts, _, last = name.rpartition(".")
+        if last == "linear_fc2" and experts.endswith(".experts"):
+            # Megatron weighs the input of the second product with the router's scores. Readers of
+            # Hugging Face's layout weigh its output: their input is the activation as it is.
+            first = modules[f"{experts}.linear_fc1"]
+            first.register_forward_hook(partial(activated, name))
+        else:
+            modules[name].register_forward_pre_hook(partial(taken, name))
     tokens = 0
     with torch.no_grad():
         for batch in tqdm(islice(data, batches), "calibrating", total=batches, unit="batch"):
@@ -88,7 +100,11 @@ def calibrate(loaded: Loaded, batches: int, file: Path) -> int:
     unseen = sorted(wanted - largest.keys())
     if unseen:
         raise ConfigError(f"no activation of {listed(unseen)} was met; read more --batches")
-    found = {"policy": name, "tokens": tokens, "activations": dict(sorted(largest.items()))}
+    found = {
+        "policy": precision.name,
+        "tokens": tokens,
+        "activations": dict(sorted(largest.items())),
+    }
     write_atomically(file, json.dumps(found, indent=1) + "\n")
     print(f"{len(largest)} modules, {tokens:,} tokens: {file}")
     return 0

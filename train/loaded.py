@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class Loaded:
     """What a job gets."""
 
     recipe: Recipe
-    """Of the run, on one rank; without quantisation, unless that was asked for."""
+    """Of the run, on one rank, without quantisation."""
     model: Any
     """Megatron's HybridModel in evaluation mode, in the dtype of the run's parameters."""
 
@@ -69,15 +69,12 @@ def build(recipe: Recipe) -> Any:
     return (Float16Module(config, model) if config.bf16 else model).eval()
 
 
-def with_model(
-    checkpoint: Path, job: Callable[[Loaded], int], precision: PrecisionConfig | None = None
-) -> int:
+def with_model(checkpoint: Path, job: Callable[[Loaded], int]) -> int:
     """Load a checkpoint on one rank and do a job with it.
 
     Args:
         checkpoint: of a run, or a run's newest.
         job: returns an exit code.
-        precision: a policy the job may put in place; None: nothing is quantised.
     """
     from train.run import in_world
     from train.weights import load_model
@@ -87,7 +84,4 @@ def with_model(
         load_model(checkpoint, [model])
         return job(Loaded(recipe, model))
 
-    recipe = run_recipe(checkpoint)
-    if precision is not None:
-        recipe.precision = replace(precision, params_dtype=recipe.precision.params_dtype)
-    return in_world(recipe, run)
+    return in_world(run_recipe(checkpoint), run)

@@ -1,13 +1,20 @@
 """Converting a run, and training on from what was converted, as a user does."""
 
 import json
+import re
 import signal
+from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.end_to_end.training import Command, records, train
+from tests.unit.plain_model import run as run_plainly
+from tests.unit.world import fresh_world
+from train.batches import Batches
+from train.loaded import run_recipe
 
 
 def convert(data: Path, *words: str) -> Command:
@@ -54,17 +61,36 @@ def test_a_run_goes_out_in_nvfp4(data: Path, straight: Path, tmp_path: Path):
     names = json.loads((tmp_path / "config.json").read_text())
     assert names["quantization_config"]
 
-    # With activations. The first module's input is known but for the tokens: normed embeddings.
-    file, both = tmp_path / "calibration.json", tmp_path / "both"
-    Command((str(straight), str(file), "--batches", "2"), data, "train.calibrate").run()
-    words = ("convert.quantize=nvfp4", f"convert.calibration={file}")
+
+def test_activations_are_scaled_by_their_largest(data: Path, straight: Path, tmp_path: Path):
+    """All linear modules, against the same weights and tokens in plain float64 arithmetic; the run
+    is in BF16."""
+    file, plain, both = (tmp_path / name for name in ("calibration.json", "plain", "both"))
+    policy = ("--policy", "nvfp4_all")
+    Command((str(straight), str(file), "--batches", "2", *policy), data, "train.calibrate").run()
+    convert(data, "to_hf", str(straight), str(plain)).run()
+    words = ("convert.quantize=nvfp4_all", f"convert.calibration={file}")
     convert(data, "to_hf", str(straight), str(both), *words).run()
-    tensors = load_file(both / "model.safetensors")
-    rows = tensors["backbone.embeddings.weight"].float()
-    normed = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    bound = (normed * tensors["backbone.layers.0.norm.weight"].float()).abs().max().item()
-    largest = tensors["backbone.layers.0.mixer.in_proj.input_scale"].item() * 6 * 448
-    assert 0.3 * bound < largest <= 1.01 * bound
+
+    with fresh_world():
+        batches = islice(Batches(run_recipe(straight), dp=1).train_from(0), 2)
+        texts = [row.tolist() for batch in batches for row in batch["tokens"]]
+    assert len(texts) == 4
+    wanted: dict[str, float] = {}
+    for text in texts:
+        run_plainly(plain, text, wanted)
+
+    def of_a_layer(name: str) -> str:
+        return re.sub(r"experts\.\d+", "experts", name)  # which share one scale
+
+    largest: dict[str, float] = defaultdict(float)
+    for name, value in wanted.items():
+        largest[of_a_layer(name)] = max(largest[of_a_layer(name)], value)
+    found = load_file(both / "model.safetensors")
+    scales = {k.removesuffix(".input_scale"): v for k, v in found.items() if "input_scale" in k}
+    assert scales.keys() == wanted.keys()
+    for name, scale in scales.items():
+        assert scale.item() * 6 * 448 == pytest.approx(largest[of_a_layer(name)], rel=0.01), name
 
 
 def test_a_run_is_merged_and_evaluated(data: Path, straight: Path, tmp_path: Path):

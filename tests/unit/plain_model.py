@@ -21,11 +21,17 @@ type Array = NDArray[np.float64]
 type Weights = Mapping[str, Array]
 
 
-def run(folder: Path, tokens: list[int]) -> tuple[Array, list[Array]]:
+def run(
+    folder: Path, tokens: list[int], largest: dict[str, float] | None = None
+) -> tuple[Array, list[Array]]:
     """Logits [s, V] of the next token, and for each MTP depth k those of the token k + 1 places
-    on, [s - k, V]."""
+    on, [s - k, V]. `largest` is given the largest absolute input of every projection."""
     config = json.loads((folder / "config.json").read_text())
     w = _weights(folder)
+    if largest is not None:
+        w = {
+            k: _Watched.of(v, k, largest) if k.endswith("proj.weight") else v for k, v in w.items()
+        }
     embedded = w["backbone.embeddings.weight"][tokens]
     x = embedded
     for i, symbol in enumerate(config["hybrid_override_pattern"]):
@@ -44,6 +50,24 @@ def run(folder: Path, tokens: list[int]) -> tuple[Array, list[Array]]:
         x = _norm(x, last["final_layernorm.weight"], config)
         drafts.append(x @ w["lm_head.weight"].T)
     return main, drafts
+
+
+class _Watched(np.ndarray[Any, np.dtype[np.float64]]):
+    """A weight that notes what it is multiplied with."""
+
+    @classmethod
+    def of(cls, weight: Array, name: str, largest: dict[str, float]) -> "_Watched":
+        made = weight.view(cls)
+        made.note = (name.removesuffix(".weight"), largest)
+        return made
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.note: tuple[str, dict[str, float]] = getattr(source, "note", ("", {}))
+
+    def __rmatmul__(self, x: Array) -> Array:  # type: ignore[override]
+        name, largest = self.note
+        largest[name] = max(largest.get(name, 0), float(np.abs(x).max()))
+        return x @ np.asarray(self)
 
 
 def _weights(folder: Path) -> Weights:
