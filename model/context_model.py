@@ -10,6 +10,7 @@ do not do.
 Shapes: hidden states are [s, b, d], labels, masks and losses [b, s], of this rank's tokens.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -102,6 +103,16 @@ class ContextModel(HybridModel):
         if self._loss_chunk is None:
             logits, _ = self.output_layer(hidden)
             return self.compute_language_model_loss(labels, logits)
+        # The head is called, as a module: DDP waits in its hooks for weights that are gathered
+        # while the layers before it compute.
+        self.output_layer.forward = functools.partial(self._chunked_losses, labels=labels)
+        try:
+            return self.output_layer(hidden)
+        finally:
+            del self.output_layer.forward
+
+    def _chunked_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        assert self._loss_chunk is not None
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(

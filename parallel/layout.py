@@ -84,6 +84,8 @@ def validate_layout(
         at_least(f"parallel.{key}", getattr(parallel, key), 1)
     at_least("parallel.data_parallel_size", parallel.data_parallel_size, 1, "what the ranks allow")
     above("parallel.timeout_minutes", parallel.timeout_minutes, 0)
+    one_of("parallel.mamba_context", parallel.mamba_context, ("heads", "state"))
+    one_of("parallel.cp_comm_type", parallel.cp_comm_type, CP_COMM_TYPES)
     sequence_parallel = _sequence_parallel(parallel, "E" in symbols)
     if "M" in symbols:
         _mamba(parallel, model)
@@ -197,7 +199,6 @@ def _mamba(parallel: ParallelConfig, model: ModelConfig) -> None:
 
 
 def _mamba_context(parallel: ParallelConfig, model: ModelConfig, stage: StageConfig) -> None:
-    one_of("parallel.mamba_context", parallel.mamba_context, ("heads", "state"))
     cp, reach = parallel.context_parallel_size, model.mamba_d_conv - 1
     if parallel.mamba_context == "state" and cp > 1:
         at_least("stage.sequence_length", stage.sequence_length, 2 * cp * reach)
@@ -205,7 +206,6 @@ def _mamba_context(parallel: ParallelConfig, model: ModelConfig, stage: StageCon
 
 def _attention_context(parallel: ParallelConfig, model: ModelConfig) -> None:
     """Rules of Transformer Engine's context parallelism."""
-    one_of("parallel.cp_comm_type", parallel.cp_comm_type, CP_COMM_TYPES)
     if parallel.cp_comm_type != "a2a":
         return
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size

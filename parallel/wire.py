@@ -324,7 +324,7 @@ def _counted(
         elif purpose == GRADIENTS:
             purpose = _data_parallel(collective, first)
         elif collective.sent is _send and purpose == OTHER:
-            purpose = CONTEXT  # Megatron shifts labels for MTP between ranks without a group
+            purpose = _between(_Call(source, group, args, kwargs))
         count = wire._count(Kind(purpose, short, name, torch._C._current_graph_task_id() != -1))
         count.bytes += collective.sent(_Call(source, group, args, kwargs))
         count.operand_bytes += _size(source)
@@ -340,6 +340,20 @@ def _counted(
 
     call.wire = wire  # type: ignore[attr-defined]
     return call
+
+
+def _between(send: _Call) -> str:
+    """What a send outside of a group of its own is for. Megatron shifts labels for multi-token
+    prediction so, and, in pipelines of two ranks, every other activation."""
+    from megatron.core import parallel_state
+
+    peer = send.argument(1, "dst")
+    if peer is None:
+        peer = dist.get_global_rank(send.group, send.kwargs["group_dst"])
+    stages = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
+    if stages is not None and peer in dist.get_process_group_ranks(stages):
+        return PIPELINE
+    return CONTEXT
 
 
 def _data_parallel(collective: _Collective, tensor: torch.Tensor) -> str:
@@ -406,40 +420,41 @@ def _remember(wire: Wire, function: Any, source: int) -> None:
     function.wire = wire
 
 
-def summary(counts: dict[Kind, Count]) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+def summary(
+    counts: dict[Kind, Count],
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
     """Counts of all ranks by purpose, for the metrics; every rank must call it.
 
     Returns:
-        purpose -> bytes, backward_bytes (part of bytes), operand_bytes, calls, all summed over
-        ranks, and groups: bytes by group; and purpose -> seconds, mean over ranks. Purposes
-        without a call are left out.
+        purpose -> bytes, backward_bytes (part of bytes), operand_bytes, calls, and groups: bytes
+        and calls by group, all summed over ranks; and purpose -> group -> seconds, mean over
+        ranks. What was not called is left out.
     """
-    numbers = 5 + len(GROUPS)
-    table = torch.zeros(len(PURPOSES), numbers, dtype=torch.float64)
+    table = torch.zeros(len(PURPOSES), len(GROUPS), 5, dtype=torch.float64)
     for kind, count in counts.items():
-        row = table[PURPOSES.index(kind.purpose)]
-        row[0] += count.bytes
-        row[1] += count.bytes * kind.backward
-        row[2] += count.operand_bytes
-        row[3] += count.calls
-        row[4] += count.seconds
-        row[5 + GROUPS.index(kind.group)] += count.bytes
+        row = table[PURPOSES.index(kind.purpose), GROUPS.index(kind.group)]
+        backward = count.bytes * kind.backward
+        row += torch.tensor(
+            [count.bytes, backward, count.operand_bytes, count.calls, count.seconds],
+            dtype=torch.float64,
+        )
     world = dist.get_world_size()
     if world > 1:
         table = table.to(torch.cuda.current_device())
         dist.all_reduce(table)
     amounts: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, float] = {}
-    for purpose, row in zip(PURPOSES, table.tolist(), strict=True):
-        if row[3] == 0:
+    seconds: dict[str, dict[str, float]] = {}
+    for purpose, rows in zip(PURPOSES, table.tolist(), strict=True):
+        called = {g: row for g, row in zip(GROUPS, rows, strict=True) if row[3]}
+        if not called:
             continue
-        sent, backward, operand, calls, spent, *groups = row
+        sums = [int(sum(column)) for column in zip(*called.values(), strict=True)]
         amounts[purpose] = {
-            "bytes": int(sent),
-            "backward_bytes": int(backward),
-            "operand_bytes": int(operand),
-            "calls": int(calls),
-            "groups": {g: int(b) for g, b in zip(GROUPS, groups, strict=True) if b},
+            "bytes": sums[0],
+            "backward_bytes": sums[1],
+            "operand_bytes": sums[2],
+            "calls": sums[3],
+            "groups": {g: {"bytes": int(r[0]), "calls": int(r[3])} for g, r in called.items()},
         }
-        seconds[purpose] = spent / world
+        seconds[purpose] = {g: row[4] / world for g, row in called.items()}
     return amounts, seconds

@@ -36,8 +36,8 @@ class StepResult:
     """MaxVio of each MoE layer, MTP last: busiest expert's load / mean load - 1."""
     wire: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What all ranks sent in this step, by purpose (`parallel.wire.summary`)."""
-    wire_seconds: dict[str, float] = field(default_factory=dict)
-    """Time in collectives by purpose, mean over ranks."""
+    wire_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Time in collectives by purpose and group, mean over ranks."""
     updated: bool = True
     """Whether the weights moved."""
     dropped: bool = False

@@ -6,7 +6,7 @@ are those of one rank, and so is the validation loss of a checkpoint wherever it
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,8 @@ def test_layouts_train_the_same(world_size: int, layouts: list[Case], runs: Path
                 balance = wanted.load_balance_loss
                 assert step.load_balance_loss == pytest.approx(balance, rel=1e-4), where
                 assert step.max_violation == pytest.approx(wanted.max_violation, abs=1e-6), where
+                assert ("pipeline" in step.wire) == (case.pipeline_model > 1), where
+                assert ("context" in step.wire) == (case.context > 1), where
             assert rank[i][2] == pytest.approx(losses, rel=1e-5), case.name
         ours, theirs = whole([rank[i][1] for rank in ranks]), whole([weights])
         assert ours.keys() == theirs.keys()
@@ -193,6 +195,26 @@ def _check_moves(
         for case, names, losses in zip(layouts, origins, rank, strict=True):
             for name, moved in zip(names, losses, strict=True):
                 assert moved == pytest.approx(wanted, rel=1e-5), f"{name} on {case.name}"
+
+
+def in_small_buckets(rank: int, world_size: int, layouts: list[Case], runs: Path) -> list[Any]:
+    """The losses of each layout's steps, the head's weight in a bucket of its own, as in models
+    of full size."""
+    from megatron.core import distributed
+
+    whole_buckets = distributed.DistributedDataParallelConfig
+    distributed.DistributedDataParallelConfig = partial(whole_buckets, bucket_size=20_000)
+    return [[step.loss for step in found[0]] for found in train(rank, world_size, layouts, runs)]
+
+
+def test_a_chunked_head_waits_for_its_weight(runs: Path) -> None:
+    """Parameters are gathered while the layers before compute."""
+    overlap = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+    chunks = ("parallel.cross_entropy_loss_chunk=16",)
+    names = {"chunked": chunks, "overlapped": (*overlap, *chunks)}
+    layouts = [Case(name, data=2, overrides=words) for name, words in names.items()]
+    chunked, overlapped = run_distributed(in_small_buckets, 2, layouts, runs)[0]
+    assert overlapped == pytest.approx(chunked, rel=1e-6)
 
 
 def first_steps(

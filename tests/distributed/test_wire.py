@@ -150,7 +150,7 @@ def test_latent_moe_on_the_wire(ranks: int) -> None:
         for amount in ("bytes", "backward_bytes", "operand_bytes"):
             assert latent[amount] * 128 == full[amount] * 32, (purpose, amount)
         assert 0 < full["backward_bytes"] * 2 == full["bytes"]
-        assert full["groups"] == {"ep": full["bytes"]}
+        assert full["groups"] == {"ep": {name: full[name] for name in ("bytes", "calls")}}
         # 32 tokens of every rank, top-4, d = 128, BF16, forward and backward.
         assert full["operand_bytes"] == ranks * 32 * 4 * 128 * 2 * 2
         assert more["operand_bytes"] == ranks * 32 * 16 * 32 * 2 * 2 == full["operand_bytes"]

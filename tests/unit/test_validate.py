@@ -132,6 +132,10 @@ BROKEN: list[tuple[list[str], list[str]]] = [
     ),
     (["parallel.mamba_context=ring"], ["mamba_context=ring", "use heads or state"]),
     (
+        ["model.hybrid_layer_pattern=MEME", "parallel.cp_comm_type=ring"],
+        ["cp_comm_type=ring", "use p2p, all_gather or a2a"],
+    ),
+    (
         [f"{CP}=4", "parallel.mamba_context=state", "stage.sequence_length=16"],
         ["sequence_length=16", "use 24 or more"],
     ),
