@@ -9,14 +9,18 @@ and reports per token and per MoE layer. Writes payload.json and plots/expert_lo
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.compose import refuse_stages, run_cli
 from recipes.errors import ConfigError, StrataError
-from recipes.schema import ModelConfig, Recipe
+from recipes.rules import fail
+from recipes.schema import ModelConfig, ParallelConfig, Recipe
 from recipes.tables import table
+
+if TYPE_CHECKING:
+    from parallel.layout import Layout
 
 STEPS = 5
 """Trained unless stage.train_steps says otherwise."""
@@ -47,14 +51,22 @@ def main(recipe: Recipe) -> int:
     if recipe.stage.mix:
         raise ConfigError("parallel.payload measures one sequence length; use stage.mix=[]")
     layout = validate_recipe(recipe)
+    if recipe.parallel.moe_token_dispatcher_type != "alltoall":
+        fail(
+            "parallel.moe_token_dispatcher_type",
+            recipe.parallel.moe_token_dispatcher_type,
+            "is not what parallel.payload predicts",
+            "use alltoall",
+        )
     pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
-    passes = pattern.main.count("E") + pattern.mtp.count("E") * pattern.mtp_depths
-    if passes == 0:
+    layers, drafts = pattern.main.count("E"), pattern.mtp.count("E") * pattern.mtp_depths
+    if layers + drafts == 0:
         raise ConfigError(
             f"model.hybrid_layer_pattern={recipe.model.hybrid_layer_pattern} has no MoE layer (E)"
         )
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
     folder = Path(recipe.run.dir if "run.dir" in given else f"runs/payload-{recipe.model.name}")
+    _refuse_another_layout(recipe, folder)
     overrides = shortened(given | {"run.dir"}) + [f"run.dir={folder}"] * ("run.dir" not in given)
     done = subprocess.run([sys.executable, "-m", "train", *sys.argv[1:], *overrides], check=False)
     if done.returncode == 2:
@@ -62,12 +74,30 @@ def main(recipe: Recipe) -> int:
     if done.returncode:
         raise StrataError(f"the run ended with exit code {done.returncode}; see {folder}/logs")
     records = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = report(recipe, layout.ep, layout.etp, passes, records)
+    found = report(recipe, layout, (layers, drafts), records)
     (folder / "payload.json").write_text(json.dumps(found, indent=1) + "\n")
     picture = draw(found["load"]["tokens"], folder / "plots" / "expert_load.png")
     print(as_text(recipe, found))
     print(f"\n{folder}/payload.json, {picture}")
     return 0
+
+
+def _refuse_another_layout(recipe: Recipe, folder: Path) -> None:
+    """A finished run may be started again in another layout, and then has nothing left to do."""
+    file = folder / "config.json"
+    if not file.exists():
+        return
+    measured, now = json.loads(file.read_text()), asdict(recipe)
+    before = {**measured["parallel"], "micro_batch_size": measured["stage"]["micro_batch_size"]}
+    after = {**now["parallel"], "micro_batch_size": now["stage"]["micro_batch_size"]}
+    changed = [
+        f"{key}: {before.get(key)} -> {new}" for key, new in after.items() if new != before.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"run.dir={folder} holds the measurement of another layout ({'; '.join(changed)}); "
+            "choose another run.dir, or remove that folder"
+        )
 
 
 def shortened(given: set[str]) -> list[str]:
@@ -80,12 +110,12 @@ def shortened(given: set[str]) -> list[str]:
 
 
 def report(
-    recipe: Recipe, ep: int, etp: int, passes: int, records: list[dict[str, Any]]
+    recipe: Recipe, layout: "Layout", layers: tuple[int, int], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """All numbers.
 
     Args:
-        passes: MoE layers a token goes through, multi-token-prediction depths included.
+        layers: MoE layers a token goes through: of the model, of multi-token prediction.
         records: metrics of the steps, with `expert_load`.
     """
     from model.counts import layer_flops
@@ -95,9 +125,12 @@ def report(
     element = 2 if recipe.precision.params_dtype == "bf16" else 4
     tokens = stage.global_batch_size * stage.sequence_length * len(records)
     operand = dispatched_bytes(model, element)
-    predicted = {"operand": operand, "sent": operand * (ep - 1) / ep}
+    predicted = expected(
+        operand, dispatched_bytes(model, 4), layout, repeated(recipe.parallel, *layers)
+    )
+    passes = sum(layers)
     measured = {}
-    for purpose in ("expert_dispatch", "expert_combine"):
+    for purpose in predicted:
         of = [record["wire"].get(purpose, {}) for record in records]
         totals = {n: sum(x.get(n, 0) for x in of) / tokens / passes for n in _COUNTED}
         backward = totals["backward_bytes"]
@@ -110,7 +143,8 @@ def report(
     latent = flops.get("mlp.fc1_latent_proj", 0.0) + flops.get("mlp.fc2_latent_proj", 0.0)
     weight = 2 * width * (model.moe_ffn_hidden_size or 0) * element
     experts = model.num_moe_experts or 1
-    batch = stage.micro_batch_size * stage.sequence_length * ep * etp
+    ranks, split = layout.ep * layout.etp, layout.tp * layout.cp  # a sequence is split so often
+    batch = stage.micro_batch_size * stage.sequence_length * ranks / split
     load = [record["expert_load"] for record in records if "expert_load" in record]
     summed = [
         [sum(step[i][e] for step in load) for e in range(experts)] for i in range(_rows(load))
@@ -134,6 +168,55 @@ def report(
     }
 
 
+def expected(
+    operand: int, wide: int, layout: "Layout", again: float
+) -> dict[str, dict[str, float]]:
+    """Of dispatch and combine the bytes a token and layer with balanced routing: sent `forward`
+    and `backward`, and `operand`, with what stays on its rank, both ways together.
+
+    Tokens go to the ranks of their experts, and where those split their experts to each of them;
+    what comes back from parts of an expert is added in FP32. Gradients go the same way.
+
+    Args:
+        operand: `dispatched_bytes`.
+        wide: the same in FP32.
+        again: forward passes that the backward pass repeats.
+    """
+    ep, etp = layout.ep, layout.etp
+    found = {}
+    for purpose, part in (("expert_dispatch", operand), ("expert_combine", wide)):
+        sent = operand * (ep - 1) / ep + part * (etp - 1)
+        # Of a gather the operand is what a rank has, of a reduction etp times as much.
+        narrow, broad = (operand * (ep > 1) + part * n * (etp > 1) for n in (1, etp))
+        forward = narrow if purpose == "expert_dispatch" else broad
+        found[purpose] = {
+            "forward": sent,
+            "backward": sent * (1 + again),
+            "operand": narrow + broad + again * forward,
+        }
+    return found
+
+
+def repeated(parallel: ParallelConfig, main: int, mtp: int) -> float:
+    """Forward passes of a MoE layer that recomputation repeats in the backward pass, mean over
+    `main` layers and `mtp` passes of multi-token prediction.
+
+    Raises:
+        ConfigError: it depends on a layer's place.
+    """
+    if parallel.recompute_granularity == "selective":
+        return float("moe" in (parallel.recompute_modules or ()))
+    if parallel.recompute_granularity is None:
+        return 0
+    if parallel.recompute_method != "uniform":
+        raise ConfigError(
+            f"parallel.recompute_method={parallel.recompute_method} repeats some layers only, "
+            "which parallel.payload does not predict; use uniform"
+        )
+    # Megatron repeats a whole block of multi-token prediction, and within it each layer again.
+    return (main + 2 * mtp) / (main + mtp)
+
+
 def dispatched_bytes(model: ModelConfig, element: int) -> int:
     """Of one token in one MoE layer, one way: top-k rows of the latent width, or of the hidden
     size without a latent. What stays on its rank is counted."""
@@ -143,6 +226,9 @@ def dispatched_bytes(model: ModelConfig, element: int) -> int:
 _COUNTED = ("bytes", "backward_bytes", "operand_bytes")
 
 
+_AMOUNTS = {"forward": "forward", "backward": "backward", "operand": "with what stays"}
+
+
 def _rows(load: list[list[list[int]]]) -> int:
     return len(load[0]) if load else 0
 
@@ -150,18 +236,11 @@ def _rows(load: list[list[list[int]]]) -> int:
 def as_text(recipe: Recipe, found: dict[str, Any]) -> str:
     """The report to read."""
     sent, of_layer = found["bytes_per_token_and_layer"], found["load"]
-    predicted = sent["predicted"]
     rows: list[tuple[str, ...]] = [("bytes a token and layer", "predicted", "measured")]
     for purpose, amounts in sent["measured"].items():
-        for way in ("forward", "backward"):
-            rows.append((f"{purpose}, {way}", f"{predicted['sent']:,.1f}", f"{amounts[way]:,.1f}"))
-        rows.append(
-            (
-                f"{purpose}, with what stays",
-                f"{2 * predicted['operand']:,.1f}",
-                f"{amounts['operand']:,.1f}",
-            )
-        )
+        for kind, title in _AMOUNTS.items():
+            predicted = sent["predicted"][purpose][kind]
+            rows.append((f"{purpose}, {title}", f"{predicted:,.1f}", f"{amounts[kind]:,.1f}"))
     projections, weights = found["projections"], found["expert_weights_read"]
     facts = [
         f"without a latent one way would carry {found['without_latent']:,} bytes a token",
