@@ -28,7 +28,8 @@ def test_the_experiment_runs_through_its_stages(tmp_path: Path) -> None:
     tokens = [step["tokens"] for step in steps]
     taken = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
     assert len(set(taken[:2])) == 1
-    assert taken[2:] == [256] * 4 + [512] * 4 + [1024] * 2 + [1024, 2048] * 2
+    assert taken[2:12] == [256] * 4 + [512] * 4 + [1024] * 2
+    assert sorted(taken[12:]) == [1024, 1024, 2048, 2048]
     assert all(("context" in step["wire"]) == (i >= 2) for i, step in enumerate(steps))
 
 
