@@ -46,10 +46,25 @@ _OF_LAYERS = {
 }
 """Fields that only models with such layers need."""
 
-_OPTIONAL = {"moe_latent_size": "moe_latent_size", "attention_dropout": "attention_dropout"}
+_OPTIONAL = {
+    "moe_latent_size": "moe_latent_size",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": "hidden_dropout",
+}
 
-_FRACTIONS = ("layer_norm_epsilon", "routed_scaling_factor", "attention_dropout")
+_FRACTIONS = ("layer_norm_epsilon", "routed_scaling_factor", "attention_dropout", "hidden_dropout")
 """Fields that need not be whole numbers."""
+
+_ALIASES = {
+    "attention_head_dim": "head_dim",
+    "num_local_experts": "n_routed_experts",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_limit": "time_step_limit",
+}
+"""Other names of fields, in folders that other programs or older versions wrote."""
 
 _MUST_BE: dict[str, tuple[Any, str]] = {
     "model_type": ("nemotron_h", "another architecture"),
@@ -87,13 +102,14 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{file}: {error}; give a Hugging Face nemotron_h folder") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds no fields; give a Hugging Face nemotron_h folder")
+    _resolve_aliases(file, config)
     for name, (value, why) in _MUST_BE.items():
-        if config.get(name, value if name != "model_type" else None) != value:
+        found = config.get(name, value if name != "model_type" else None)
+        if (found or False) != value:  # null is as good as false
             _refuse(file, name, config.get(name), why, f"only {json.dumps(value)} can be converted")
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{file}: quantised weights cannot be converted; give plain ones")
     _check_time_step(file, config)
-    config.setdefault("layers_block_type", config.get("layer_types"))  # another name of it
     main = _pattern(file, config, "layers_block_type", "hybrid_override_pattern")
     if main is None:
         raise CheckpointError(f"{file} has neither layers_block_type nor hybrid_override_pattern")
@@ -121,13 +137,16 @@ def read_model_config(folder: Path) -> ModelConfig:
     fields |= {
         ours: _number(file, config, n) for n, ours in _OPTIONAL.items() if config.get(n) is not None
     }
-    if "E" in main + mtp and config.get("n_group", 1) != 1:
-        fields["moe_router_num_groups"] = _number(file, config, "n_group")
-        fields["moe_router_group_topk"] = _number(file, {"topk_group": 1} | config, "topk_group")
+    if "E" in main + mtp:
+        groups = _number(file, config, "n_group") or 1
+        chosen = _number(file, config, "topk_group") or 1
+        if groups != chosen:
+            fields |= {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
     model = ModelConfig(
         name=_name(folder),
         hybrid_layer_pattern="/".join([main, *[mtp] * depths]),
         mtp_use_repeated_layer=repeated,
+        fp32_residual_connection=bool(config.get("residual_in_fp32")),
         **fields,
     )
     try:
@@ -166,17 +185,21 @@ def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
     # Readers other than transformers want it of every model; released ones repeat this width.
     config.setdefault("intermediate_size", model.moe_ffn_hidden_size or model.hidden_size)
     if "E" in symbols:
+        groups, chosen = _groups(model)
         config |= {
             "routed_scaling_factor": model.moe_router_topk_scaling_factor or 1.0,
             "moe_latent_size": model.moe_latent_size,
             "n_shared_experts": 1,
-            "n_group": model.moe_router_num_groups or 1,
-            "topk_group": model.moe_router_group_topk or 1,
+            "n_group": groups,
+            "topk_group": chosen,
             "moe_shared_expert_overlap": False,
         }
     config |= {name: value for name, (value, _) in _MUST_BE.items()}
     inner = model.mamba_num_heads * model.mamba_head_dim
     config |= {
+        # llama.cpp knows layer_norm_epsilon by these names alone.
+        "norm_eps": model.layernorm_epsilon,
+        "rms_norm_eps": model.layernorm_epsilon,
         "attention_dropout": model.attention_dropout,
         "hidden_dropout": model.hidden_dropout,
         "expand": max(1, round(inner / model.hidden_size)),
@@ -236,7 +259,9 @@ def check_expressible(model: ModelConfig, where: str) -> None:
             "moe_shared_expert_intermediate_size",
             "Hugging Face's MoE layers always have a shared expert",
         )
-    groups, chosen = model.moe_router_num_groups or 1, model.moe_router_group_topk or 1
+    if model.moe_router_dtype != "fp32":
+        refuse("moe_router_dtype", "Hugging Face's router computes in FP32")
+    groups, chosen = _groups(model)
     if groups > 1 and model.moe_router_topk // chosen != 2:
         refuse(
             "moe_router_num_groups",
@@ -245,10 +270,31 @@ def check_expressible(model: ModelConfig, where: str) -> None:
         )
 
 
+def _groups(model: ModelConfig) -> tuple[int, int]:
+    """Router groups, and how many of them a token may use; all of them are as good as one."""
+    groups, chosen = model.moe_router_num_groups or 1, model.moe_router_group_topk or 1
+    return (1, 1) if groups == chosen else (groups, chosen)
+
+
 def _refuse(file: Path, name: str, value: Any, why: str, remedy: str) -> NoReturn:
     raise CheckpointError(
         f"{file}: {name}={json.dumps(value)} cannot be converted: {why}; {remedy}"
     )
+
+
+def _resolve_aliases(file: Path, config: dict[str, Any]) -> None:
+    """Give each field its usual name."""
+    for alias, name in _ALIASES.items():
+        value = config.get(alias)
+        if value is None:
+            continue
+        if config.get(name, value) not in (None, value):
+            _refuse(file, alias, value, f"{name} is another", "correct one of them")
+        config[name] = value
+    if config.get("layers_block_type") is None:
+        config["layers_block_type"] = config.get("layer_types")
+    if config.get("num_key_value_heads", 0) is None:
+        config["num_key_value_heads"] = config.get("num_attention_heads")
 
 
 def _check_time_step(file: Path, config: dict[str, Any]) -> None:

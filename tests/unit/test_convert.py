@@ -64,11 +64,23 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "num_query_groups": 4,
         "kv_channels": 20,
     },
-    "wide heads": {"hybrid_layer_pattern": "M*E", "num_attention_heads": 6, "kv_channels": 24},
+    "wide heads, residuals in FP32": {
+        "hybrid_layer_pattern": "M*E",
+        "num_attention_heads": 6,
+        "kv_channels": 24,
+        "fp32_residual_connection": True,
+        "hidden_dropout": 0.1,
+    },
     "two router groups": {
         "hybrid_layer_pattern": "MEE",
         "moe_router_topk": 4,
         "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+    },
+    "all router groups": {
+        "hybrid_layer_pattern": "ME",
+        "moe_router_topk": 6,
+        "moe_router_num_groups": 2,
         "moe_router_group_topk": 2,
     },
     "many experts": {
@@ -106,10 +118,12 @@ MADE_BY_TRANSFORMERS: dict[str, dict[str, Any]] = {
         "moe_latent_size": 24,
         "num_nextn_predict_layers": 1,
         "mtp_hybrid_override_pattern": "*E",
+        "n_group": 2,
+        "topk_group": 2,
     },
     "full width, in groups": {
         "hybrid_override_pattern": "M*EE",
-        "n_group": 2,
+        "n_group": 4,
         "topk_group": 2,
         "num_experts_per_tok": 4,
         "conv_kernel": 2,
@@ -214,11 +228,13 @@ def test_plain_arithmetic_agrees(exported: dict[str, dict[str, Any]], name: str)
 
 
 def test_readers_find_the_fields_they_need(exported: dict[str, dict[str, Any]]):
-    """Those that mlx-lm and vLLM have no default for, or another one than transformers."""
+    """Those that mlx-lm, vLLM and llama.cpp have no default for, or another one than
+    transformers."""
     for name in CONFIGURATIONS:
         config = json.loads((exported[name]["hf"] / "config.json").read_text())
         assert config["intermediate_size"] > 0, name
         assert config["mamba_ssm_cache_dtype"] == "float32", name
+        assert config["norm_eps"] == config["rms_norm_eps"] == config["layer_norm_epsilon"], name
 
 
 @pytest.mark.slow
@@ -256,6 +272,8 @@ def written_fields(model: ModelConfig) -> dict[str, Any]:
     fields = asdict(model)
     if model.moe_router_topk_scaling_factor is None:
         fields["moe_router_topk_scaling_factor"] = 1.0
+    if model.moe_router_num_groups == model.moe_router_group_topk:  # which choose nothing
+        fields |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
     symbols = model.hybrid_layer_pattern
     for symbol, names in (
         ("-", ("ffn_hidden_size",)),
