@@ -91,10 +91,17 @@ def compare(where: Path, wanted: Mapping[str, Shape], found: Mapping[str, Shape]
         )
 
 
-def task(direction: str, source: Path, files: Iterable[Path], options: ConvertConfig) -> Any:
+def task(
+    direction: str,
+    source: Path,
+    files: Iterable[Path],
+    model: ModelConfig,
+    options: ConvertConfig,
+) -> Any:
     """What identifies a conversion: the same again goes on where it was left."""
     return {
         "direction": direction,
+        "model": asdict(model),
         "source": source_state(source, files),
         "dtype": options.dtype,
         "quantize": options.quantize,

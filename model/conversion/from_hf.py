@@ -70,7 +70,7 @@ def from_hf(options: ConvertConfig, say: Callable[[str], None]) -> Path:
     plan = pairs(model)
     compare(source, {s.name: s.shape for pair in plan for s in pair.hf}, theirs.shapes)
     files = sorted({entry.file for entry in reader.entries.values()})
-    work = Work(target, task("from_hf", source, files, options))
+    work = Work(target, task("from_hf", source, files, model, options))
 
     kinds = theirs.dtypes(plan)
 

@@ -1,7 +1,7 @@
 """A Megatron checkpoint -> a Hugging Face folder."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from model.conversion.config import check_expressible, config_json
 from model.conversion.quantized import Quantizer
 from model.conversion.safetensors_files import INDEX, SINGLE, write_file
 from model.conversion.table import Pair, pairs
-from model.conversion.tokenizer import copy_tokenizer, read_json, special_tokens
+from model.conversion.tokenizer import SPECIAL, copy_tokenizer, read_json, special_tokens
 from model.conversion.torch_dist import (
     Checksums,
     TorchDistReader,
@@ -36,14 +36,7 @@ from model.conversion.work import Work, explained
 from recipes.errors import CheckpointError
 from recipes.schema import ConvertConfig
 
-_KEPT = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "initializer_range",
-    "rescale_prenorm_residual",
-    "mamba_ssm_cache_dtype",
-)
+_KEPT = ("initializer_range", "rescale_prenorm_residual", "mamba_ssm_cache_dtype")
 """Fields of an imported config.json that an export repeats."""
 
 
@@ -67,7 +60,7 @@ def to_hf(options: ConvertConfig) -> Path:
     compare(checkpoint, native_shapes(plan), reader.shapes)
     tokenizer = _tokenizer(options, checkpoint, recipe)
     quantizer = Quantizer(options.quantize, model, options.calibration)
-    work = Work(target, task("to_hf", checkpoint, reader.files(), options))
+    work = Work(target, task("to_hf", checkpoint, reader.files(), model, options))
 
     def dtype(pair: Pair) -> torch.dtype:
         if pair.row.fp32:
@@ -102,10 +95,15 @@ def to_hf(options: ConvertConfig) -> Path:
         write_json(target / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": places})
     matrices = next(dtype(pair) for pair in plan if not pair.row.fp32)
     config = config_json(model, str(matrices).removeprefix("torch."))
+    former = _imported(checkpoint, recipe)
+    config |= _said(former, _KEPT)
+    # Readers take tokens 0, 1 and 2 where nothing is said.
+    config |= dict.fromkeys(SPECIAL)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, target)
         config |= special_tokens(tokenizer)
-    config |= _former_config(checkpoint)
+        if former is not None and tokenizer.samefile(former):
+            config |= _said(former, SPECIAL)
     if quantizer:
         write_json(target / "hf_quant_config.json", quantizer.config(plan))
         config["quantization_config"] = quantizer.hf_config(plan)
@@ -126,10 +124,29 @@ def _file_name(part: int, parts: int) -> str:
     return SINGLE if parts == 1 else f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
-def _former_config(checkpoint: Path) -> dict[str, Any]:
-    """What the config.json an import came from says of matters that are not the model's."""
-    former = read_json(checkpoint / HF_EXTRAS / "config.json")
-    return {key: former[key] for key in _KEPT if key in former}
+def _imported(checkpoint: Path, recipe: dict[str, Any]) -> Path | None:
+    """What else the Hugging Face folder held that the weights came from, or those that their run
+    went on from; None: there was none, or it is gone."""
+    seen: set[Path] = set()
+    while checkpoint not in seen:
+        seen.add(checkpoint)
+        if (checkpoint / HF_EXTRAS).is_dir():
+            return checkpoint / HF_EXTRAS
+        before = recipe.get("checkpoint", {}).get("load")
+        if before is None:
+            break
+        try:
+            checkpoint = find_checkpoint(Path(before).expanduser())
+            recipe = saved_recipe(checkpoint)
+        except CheckpointError:
+            break
+    return None
+
+
+def _said(former: Path | None, fields: Sequence[str]) -> dict[str, Any]:
+    """What the config.json of an import says of matters that are not the model's."""
+    config = {} if former is None else read_json(former / "config.json")
+    return {name: config[name] for name in fields if name in config}
 
 
 def _tokenizer(options: ConvertConfig, checkpoint: Path, recipe: dict[str, Any]) -> Path | None:

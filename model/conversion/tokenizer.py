@@ -19,7 +19,8 @@ _TOKENIZER = (
     "generation_config.json",
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_SPECIAL = ("bos", "eos", "pad")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of config.json that are the tokenizer's matter."""
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -39,8 +40,9 @@ def copy_extras(source: Path, target: Path) -> None:
 
 
 def special_tokens(folder: Path) -> dict[str, int | None]:
-    """bos_token_id, eos_token_id and pad_token_id as the tokenizer has them; None: has none."""
-    config = read_json(folder / "tokenizer_config.json")
+    """SPECIAL as the tokenizer has them; None: has none."""
+    config = read_json(folder / "special_tokens_map.json")
+    config |= read_json(folder / "tokenizer_config.json")
     tokenizer = read_json(folder / "tokenizer.json")
     if not tokenizer:
         return {}
@@ -48,11 +50,27 @@ def special_tokens(folder: Path) -> dict[str, int | None]:
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     ids |= {t["content"]: t["id"] for t in tokenizer.get("added_tokens") or []}
     result: dict[str, int | None] = {}
-    for kind in _SPECIAL:
-        token = config.get(f"{kind}_token")
+    for field in SPECIAL:
+        token = config.get(field.removesuffix("_id"))
         text = token.get("content") if isinstance(token, dict) else token
-        result[f"{kind}_token_id"] = ids.get(text)
+        result[field] = ids.get(text)
     return result
+
+
+def stop_tokens(folder: Path) -> set[int]:
+    """The tokens at which a text ends, by the folder's own word: of its generation_config.json and
+    config.json, which may name several."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(folder / name).get("eos_token_id")
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in tokens):
+            raise CheckpointError(
+                f"{folder / name}: eos_token_id={json.dumps(value)} is neither a token nor a list "
+                "of tokens; correct it"
+            )
+        found.update(tokens)
+    return found
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Writing a folder in parts: in parallel, with a progress bar, and on again after a kill.
 
 What is done is noted in `.conversion` inside the target folder. The files that make the folder
-readable are written last, and the notes are removed after them, so a folder is either whole or
-says that it is not.
+readable are written after all parts, and the notes go after them, at one stroke: a folder is whole,
+or has the notes with which the same command goes on.
 """
 
 import functools
@@ -68,7 +68,8 @@ class Work:
                     "another folder"
                 )
             return
-        if target.exists() and any(target.iterdir()):
+        # A kill may have left the folder of the notes, but not yet the first of them.
+        if target.exists() and any(path != self._notes for path in target.iterdir()):
             raise CheckpointError(f"{target} is not empty; choose another folder, or remove it")
         self._notes.mkdir(parents=True, exist_ok=True)
         _write(note, json.dumps(task, indent=1).encode())
@@ -112,7 +113,9 @@ class Work:
 
     def finish(self) -> None:
         """Everything is written: drop the notes."""
-        shutil.rmtree(self._notes)
+        dropped = self._notes.with_name(f"{_NOTES}.done")
+        os.rename(self._notes, dropped)
+        shutil.rmtree(dropped)
 
 
 @contextmanager
@@ -125,15 +128,17 @@ def _progress(title: str, total: int, initial: int = 0) -> Iterator[Callable[[in
 
 
 def _in_parallel(action: Callable[[Any], None], items: Sequence[Any], workers: int) -> None:
-    """Run the action on every item; the first failure ends it and is raised."""
-    with ThreadPoolExecutor(workers) as pool:
+    """Run the action on every item; the first failure, or Ctrl-C, ends it once the actions that run
+    have ended, and is raised."""
+    pool = ThreadPoolExecutor(workers)
+    try:
         waiting = {pool.submit(action, item) for item in items}
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
-                if future.exception() is not None:
-                    pool.shutdown(wait=False, cancel_futures=True)
                 future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,10 +1,15 @@
 """What conversion refuses, in one sentence, and what it survives: models the other format cannot
 express, damaged folders, a full disk, its own end in the middle."""
 
+import io
 import json
 import re
 import resource
 import shutil
+import signal
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.conversion import to_hf as to_hf_module
+from model.conversion import work as work_module
 from model.conversion.common import write_model
 from model.conversion.config import read_model_config
 from model.conversion.from_hf import from_hf
@@ -22,6 +28,7 @@ from model.conversion.safetensors_files import INDEX, SafetensorsReader, write_f
 from model.conversion.table import Spec
 from model.conversion.to_hf import to_hf
 from model.conversion.torch_dist import TorchDistReader
+from model.conversion.work import Work
 from recipes.compose import load_recipe
 from recipes.errors import CheckpointError, ConfigError
 from tests.unit.conversion import (
@@ -98,6 +105,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"time_step_limit": [0.0]}, "not two numbers"),
         ({"n_group": 4}, "best 2 experts"),
         ({"quantization_config": {}}, "quantised weights"),
+        ({"mamba_n_groups": 4}, "mamba_n_groups=4 .* n_groups is another"),
     ],
 )
 def test_what_megatron_cannot_express_is_refused(
@@ -110,6 +118,29 @@ def test_what_megatron_cannot_express_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("changes", "without"),
+    [
+        ({"attention_head_dim": 16}, "head_dim"),
+        ({"num_local_experts": 8}, "n_routed_experts"),
+        ({"mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_chunk_size": 16}, "n_groups"),
+        ({"layer_types": "mamba moe mamba attention moe mlp".split()}, "layers_block_type"),
+        ({"n_group": None, "topk_group": None}, ""),
+        ({"n_group": 4, "topk_group": 4}, ""),
+        ({"mlp_bias": None, "use_bias": None, "moe_latent_size": 24}, "attention_bias"),
+    ],
+)
+def test_other_spellings_of_a_model_are_read(small: Path, changes: dict[str, Any], without: str):
+    wanted = read_model_config(small)
+    edit(small, **dict.fromkeys([without]), **changes)
+    assert read_model_config(small) == wanted
+
+
+def test_absent_key_value_heads_are_as_many_as_heads(small: Path):
+    edit(small, num_key_value_heads=None)
+    assert read_model_config(small).num_query_groups == 4
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"moe_router_topk": 1}, "with one expert a token"),
@@ -118,6 +149,7 @@ def test_what_megatron_cannot_express_is_refused(
         ({"layernorm_epsilon": 1e-6}, "the gated norm of Mamba"),
         ({"moe_shared_expert_intermediate_size": None}, "always have a shared expert"),
         ({"moe_router_num_groups": 2, "moe_router_group_topk": 1}, "best 2 experts"),
+        ({"moe_router_dtype": "fp64"}, "computes in FP32"),
         ({"hybrid_layer_pattern": "MEM*E-M/*E/*E"}, "missing: decoder.layers.6"),
         ({"vocab_size": 100}, "of another shape: embedding"),
     ],
@@ -152,6 +184,41 @@ def test_a_damaged_description_is_refused_by_name(native: Path, tmp_path: Path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer.json is not valid JSON"):
         to_hf(options(native, tmp_path / "hf", tokenizer=str(tmp_path / "tokenizer")))
+
+
+def test_special_tokens_are_those_of_the_tokenizer(native: Path, tmp_path: Path):
+    """What else an import said follows its weights through the runs that go on from it."""
+    hf, given = native / "hf", tmp_path / "given"
+
+    def exported(source: Path, **changes: Any) -> list[Any]:
+        target = tmp_path / f"exported{len(list(tmp_path.iterdir()))}"
+        to_hf(options(source, target, **changes))
+        config = json.loads((target / "config.json").read_text())
+        fields = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return [*(config[field] for field in fields), config.get("initializer_range")]
+
+    assert exported(native) == [None, None, None, None]
+    hf.mkdir()
+    (hf / "config.json").write_text('{"eos_token_id": [2, 11], "initializer_range": 0.5}')
+    assert exported(native) == [None, [2, 11], None, 0.5]
+    given.mkdir()
+    words = {"model": {"vocab": {"a": 0, "<s>": 5}}, "added_tokens": [{"id": 77, "content": "<e>"}]}
+    (given / "tokenizer.json").write_text(json.dumps(words))
+    (given / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (given / "special_tokens_map.json").write_text('{"eos_token": {"content": "<e>"}}')
+    assert exported(native, tokenizer=str(given)) == [5, 77, None, 0.5]
+
+    on = tmp_path / "on"
+    shutil.copytree(native, on, ignore=lambda *_: ["hf"])
+    for before, tokenizer, wanted in (
+        (native, hf, [None, [2, 11], None, 0.5]),
+        (native, given, [5, 77, None, 0.5]),
+        (on, given, [5, 77, None, None]),
+        (tmp_path / "gone", given, [5, 77, None, None]),
+    ):
+        used = {"library": "huggingface", "path": str(tokenizer)}
+        edit(on, checkpoint={"load": str(before)}, data={"tokenizer": used})
+        assert exported(on) == wanted
 
 
 def test_each_tensor_is_used_once(small: Path, tmp_path: Path):
@@ -274,6 +341,62 @@ def test_a_damaged_checkpoint_is_refused_by_name(native: Path, tmp_path: Path, d
         to_hf(options(native, tmp_path / "hf"))
 
 
+@pytest.mark.parametrize("reader", [TorchDistReader, SafetensorsReader])
+def test_tensors_are_read_when_their_turn_comes(
+    saved: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Any
+):
+    """Of a whole file, no more of them are alive at once than two rows of the table hold."""
+    real = reader.read
+    alive = most = read = 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def counted(self: Any, *where: Any) -> Tensor:
+        nonlocal alive, most, read
+        tensor: Tensor = real(self, *where)
+        weakref.finalize(tensor, gone)
+        alive, read = alive + 1, read + 1
+        most = max(most, alive)
+        return tensor
+
+    monkeypatch.setattr(reader, "read", counted)
+    if reader is TorchDistReader:
+        to_hf(options(saved, tmp_path / "hf"))
+    else:
+        from_hf(options(small, tmp_path / "native"), print)
+    assert most <= 2 * 5 < read / 5
+
+
+class Halting(io.FileIO):
+    """A file that gives little at a time, as Linux gives 2 GiB at most."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(min(size or 0, 1000)) or b""
+
+    def readinto(self, buffer: Any, /) -> int:
+        return super().readinto(memoryview(buffer)[:1000]) or 0
+
+
+def test_pieces_longer_than_one_read(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    to_hf(options(saved, tmp_path / "straight"))
+    real = Path.open
+
+    def halting(path: Path, mode: str = "r", buffering: int = -1, **more: Any) -> Any:
+        if mode != "rb":
+            return real(path, mode, buffering, **more)
+        return io.BufferedReader(Halting(path)) if buffering else Halting(path)
+
+    monkeypatch.setattr(Path, "open", halting)
+    to_hf(options(saved, tmp_path / "hf"))
+    from_hf(options(tmp_path / "hf", tmp_path / "native"), print)
+    to_hf(options(tmp_path / "native", tmp_path / "again"))
+    monkeypatch.undo()
+    assert tensors_equal(tmp_path / "hf", tmp_path / "straight")
+    assert tensors_equal(tmp_path / "again", tmp_path / "straight")
+
+
 def test_a_killed_conversion_goes_on_where_it_was(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -302,6 +425,65 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert tensors_equal(tmp_path / "hf", tmp_path / "straight")
     with pytest.raises(CheckpointError, match="is not empty"):
         to_hf(wanted)
+
+
+@pytest.mark.parametrize("moment", ["begun", "first note", "finishing"])
+def test_a_kill_between_two_notes_leaves_a_way_on(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    wanted = options(saved, tmp_path / "hf")
+    notes = tmp_path / "hf" / ".conversion"
+    if moment == "finishing":
+        monkeypatch.setattr(work_module.os, "rename", lambda *paths: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            to_hf(wanted)
+        monkeypatch.undo()
+        assert (notes / "task.json").exists()
+    else:
+        notes.mkdir(parents=True)
+        if moment == "first note":
+            (notes / "task.tmp").write_text("{")
+    to_hf(wanted)
+    assert not notes.exists()
+    to_hf(options(saved, tmp_path / "straight"))
+    assert tensors_equal(tmp_path / "hf", tmp_path / "straight")
+
+
+def test_notes_go_at_one_stroke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is left of them when a kill cuts their deletion short, the folder is finished."""
+    work = Work(tmp_path / "target", {})
+    monkeypatch.setattr(work_module.shutil, "rmtree", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        work.finish()
+    assert not (tmp_path / "target" / ".conversion").exists()
+
+
+def test_an_interrupt_ends_it_after_the_parts_being_written(tmp_path: Path):
+    work, written = Work(tmp_path / "target", {}), list[int]()
+    main = threading.get_ident()
+
+    def write(part: int, advance: Callable[[int], object]) -> None:
+        if part == 1:  # when the thread has been started
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.02)
+        written.append(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        work.run([1] * 100, write, 1, "writing")
+    assert 1 < len(written) < 100
+    noted = {int(note.stem) for note in (tmp_path / "target").rglob("*.pickle")}
+    assert noted == set(written)
+
+
+def test_another_model_is_another_command(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Heads of keys and values, differently cut, can have tensors of the same shapes."""
+    monkeypatch.setattr(Work, "finish", lambda self: None)
+    from_hf(options(small, tmp_path / "native"), print)
+    edit(small, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    with pytest.raises(CheckpointError, match="unfinished work of another command"):
+        from_hf(options(small, tmp_path / "native"), print)
 
 
 def test_an_imported_model_has_a_name_one_can_choose(small: Path, tmp_path: Path):
