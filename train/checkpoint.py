@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from data.files import sha256_file, sha256_json, sync
 from data.ranks import on_first_rank
+from model.conversion.torch_dist import step_of
 from model.integrity import INTEGRITY
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
@@ -196,13 +197,15 @@ class Checkpointer:
         found: list[list[str] | CheckpointError] = [[]]
         if dist.get_rank() == 0:
             latest = self.folder / LATEST
-            complete = sorted(p.parent.name for p in self.folder.glob(f"iter_*/{META}"))
+            complete = self._complete()
+            newest = sorted(complete, reverse=True)
             if latest.exists():
                 name = latest.read_text(errors="replace").strip() or "(nothing)"
-                older = [n for n in complete if n < name or not name.startswith("iter_")]
-                found = [[name, *reversed(older)]]
+                named = step_of(name)
+                older = [complete[s] for s in newest if named is None or s < named]
+                found = [[name, *older]]
             elif complete:  # killed just before the first one was named
-                found = [complete[::-1]]
+                found = [[complete[step] for step in newest]]
         dist.broadcast_object_list(found, src=0)
         assert isinstance(found[0], list)
         return [self.folder / name for name in found[0]]
@@ -296,31 +299,38 @@ class Checkpointer:
             write_meta(path, meta)
             sync(self.folder)
             write_atomically(self.folder / LATEST, path.name + "\n")
-            self._retain(path.name)
+            self._retain(meta["progress"]["step"])
 
         on_first_rank(publish)
         self._saved(meta["progress"]["step"])
 
-    def _retain(self, newest: str) -> None:
+    def _retain(self, newest: int) -> None:
         """Keep the complete checkpoints the recipe asks for; drop others, and unfinished ones.
 
         Complete ones newer than `newest` are of a future that `checkpoint.allow_previous` went
         back from: they neither count nor go.
         """
-        complete = {p.parent.name for p in self.folder.glob(f"iter_*/{META}")}
-        past = sorted(name for name in complete if name <= newest)
+        complete = self._complete()
+        past = sorted(step for step in complete if step <= newest)
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
-        kept = set(past if keep_last is None else past[-keep_last:]) | (complete - set(past))
-        kept |= {n for n in past if keep_every and int(n.split("_")[1]) % keep_every == 0}
+        kept = set(past if keep_last is None else past[-keep_last:]) | (complete.keys() - set(past))
+        kept |= {step for step in past if keep_every and step % keep_every == 0}
         ends = {span.end for span in self.place.spans} if self.place is not None else set()
-        kept |= {n for n in past if int(n.split("_")[1]) in ends}
-        dropped = [path for path in self.folder.glob("iter_*") if path.name not in kept]
+        kept |= ends & set(past)
+        steps = {path: step_of(path.name) for path in self.folder.iterdir()}
+        # Other names are of users' own copies.
+        dropped = [p for p, step in steps.items() if step is not None and step not in kept]
         for path in dropped:
             _discard(path)
         self._wait_for_removal()
         # To delete gigabytes takes as long as some steps.
         self._removal = threading.Thread(target=_remove, args=dropped)
         self._removal.start()
+
+    def _complete(self) -> dict[int, str]:
+        """Step -> name of every complete checkpoint."""
+        names = [file.parent.name for file in self.folder.glob(f"iter_*/{META}")]
+        return {step: name for name in names if (step := step_of(name)) is not None}
 
     def _wait_for_removal(self) -> None:
         if self._removal is not None:

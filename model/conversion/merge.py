@@ -30,6 +30,7 @@ from model.conversion.torch_dist import (
     find_checkpoint,
     native_shapes,
     saved_recipe,
+    step_of,
 )
 from model.conversion.work import Work, explained
 from recipes.errors import CheckpointError, ConfigError
@@ -85,6 +86,13 @@ def merge(options: MergeConfig) -> tuple[Path, list[tuple[Path, float]]]:
     weights = options.weights or minus_sqrt_weights(len(checkpoints))
     _check_weights(weights, checkpoints)
     recipe = saved_recipe(checkpoints[0])
+    if options.evaluate and "data" not in recipe:
+        fail(
+            "merge.evaluate",
+            True,
+            f"needs the held-out data of a run, and {checkpoints[0]} was imported",
+            "use false",
+        )
     model = saved_model(checkpoints[0], recipe)
     for checkpoint in checkpoints[1:]:
         _check_same(model, saved_model(checkpoint, saved_recipe(checkpoint)), checkpoint)
@@ -132,8 +140,8 @@ def _checkpoints(options: MergeConfig) -> list[Path]:
     """The checkpoints to merge, oldest first."""
     sources = [Path(source).expanduser() for source in options.sources]
     if len(sources) == 1 and not (sources[0] / METADATA).exists():
-        folder = find_checkpoint(sources[0]).parent  # says what is missing
-        complete = sorted(path.parent for path in folder.glob("iter_*/meta.json"))
+        newest = find_checkpoint(sources[0])  # says what is missing
+        complete = _complete(newest)
         sources = complete if options.last is None else complete[-options.last :]
     at_least("merge.last", options.last, 2, "all")
     if len(sources) < 2:
@@ -142,6 +150,15 @@ def _checkpoints(options: MergeConfig) -> list[Path]:
             "give two or more, or a run that has kept several (checkpoint.keep_last, keep_every)"
         )
     return [find_checkpoint(source) for source in sources]
+
+
+def _complete(newest: Path) -> list[Path]:
+    """A run's complete checkpoints up to its newest. Later ones are of a future that
+    `checkpoint.allow_previous` went back from, and other names are of users' copies."""
+    last = step_of(newest.name)
+    found = {step_of(file.parent.name): file.parent for file in newest.parent.glob("*/meta.json")}
+    steps = sorted(step for step in found if step is not None and (last is None or step <= last))
+    return [found[step] for step in steps]
 
 
 def _check_same(first: ModelConfig, other: ModelConfig, where: Path) -> None:

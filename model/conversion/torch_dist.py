@@ -8,6 +8,7 @@ put together from its pieces, or read as one slice of its leading axis.
 import io
 import json
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,6 +296,13 @@ def find_checkpoint(path: Path) -> Path:
         f"{path} is no checkpoint: it has neither {METADATA} nor checkpoints/latest; give a run "
         "directory, or one of its checkpoints/iter_* folders"
     )
+
+
+def step_of(name: str) -> int | None:
+    """The step of a run's checkpoint, by the name of its folder; None: the folder is not the run's,
+    but perhaps a user's copy."""
+    match = re.fullmatch(r"iter_(\d{7}|[1-9]\d{7,})", name, re.ASCII)
+    return int(match[1]) if match else None
 
 
 def saved_recipe(checkpoint: Path) -> dict[str, Any]:

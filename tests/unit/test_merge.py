@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,33 @@ def test_the_weights_are_those_of_a_decay(count: int):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with three checkpoints."""
+    """A run directory with three checkpoints, one of a future that was gone back from, and a
+    user's copy."""
     folder = tmp_path_factory.mktemp("run")
     model = model_of(FIELDS)
     with fresh_world():
         network = build(model)
-        for step in range(1, COUNT + 1):
+        for step in range(1, COUNT + 2):
             path = folder / "checkpoints" / f"iter_{step:07d}"
             scramble(network, seed=step)
             save(network, path, model)
             (path / "meta.json").write_text("{}")
+    shutil.copytree(path, folder / "checkpoints" / "iter_0000002_mine")
     (folder / "checkpoints" / "latest").write_text(f"iter_{COUNT:07d}\n")
     return folder
 
 
 def options(run: Path, target: Path, **changes: Any) -> MergeConfig:
-    return MergeConfig(sources=[str(run)], target=str(target), shard_gigabytes=1e-4, **changes)
+    return merging(run, target=target, shard_gigabytes=1e-4, **changes)
+
+
+def merging(*sources: Path, target: Path, **changes: Any) -> MergeConfig:
+    names = [str(source) for source in sources]
+    return replace(MergeConfig(names, str(target), evaluate=False), **changes)
 
 
 def iterations(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("iter_*"))
+    return [run / "checkpoints" / f"iter_{step:07d}" for step in range(1, COUNT + 1)]
 
 
 def test_every_tensor_is_the_weighted_mean(run: Path, tmp_path: Path):
@@ -95,6 +103,7 @@ def test_mistakes_are_explained(run: Path, tmp_path: Path):
         ({"weights": [1.0, math.nan, 0.0]}, "let it sum to 1"),
         ({"last": 1}, "merge.last=1"),
         ({"workers": 0}, "merge.workers=0"),
+        ({"evaluate": True}, "merge.evaluate=true .*iter_0000001 was imported; use false"),
     ):
         with pytest.raises(ConfigError, match=text):
             merge(options(run, target, **changes))
@@ -106,18 +115,10 @@ def test_mistakes_are_explained(run: Path, tmp_path: Path):
         other = model_of({"hybrid_layer_pattern": "ME"})
         save(build(other), tmp_path / "other", other)
     with pytest.raises(CheckpointError, match="does not hold the tensors of its model"):
-        merge(
-            MergeConfig(
-                sources=[str(iterations(run)[0]), str(tmp_path / "other")], target=str(target)
-            )
-        )
+        merge(merging(iterations(run)[0], tmp_path / "other", target=target))
     # The same shapes, computed with otherwise.
     shutil.copytree(iterations(run)[0], tmp_path / "top2")
     write_model(model_of(FIELDS | {"moe_router_topk": 2}), tmp_path / "top2")
     with pytest.raises(CheckpointError, match="top2 is of another model: moe_router_topk=2"):
-        merge(
-            MergeConfig(
-                sources=[str(iterations(run)[0]), str(tmp_path / "top2")], target=str(target)
-            )
-        )
+        merge(merging(iterations(run)[0], tmp_path / "top2", target=target))
     assert not target.exists()

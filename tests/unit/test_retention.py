@@ -18,10 +18,17 @@ def kept(
         (path / "__0_0.distcp").write_text("bytes")
         if step in complete:
             (path / META).write_text("{}")
+    # Copies that users made neither count nor go, nor stop a save.
+    copies = {f"iter_{complete[0]:07d}.bak", f"iter_{complete[0]:07d}_mine", "iter_final"}
+    for name in copies:
+        (folder / "checkpoints" / name).mkdir()
+        (folder / "checkpoints" / name / META).write_text("{}")
     checkpointer = Checkpointer(folder / "checkpoints", config, lambda n: "", print)
-    checkpointer._retain(f"iter_{newest:07d}")
+    checkpointer._retain(newest)
     checkpointer.close()
-    return sorted(int(p.name.split("_")[1]) for p in (folder / "checkpoints").iterdir())
+    left = {p.name for p in (folder / "checkpoints").iterdir()}
+    assert copies <= left
+    return sorted(int(name.split("_")[1]) for name in left - copies)
 
 
 @pytest.mark.parametrize(
