@@ -54,19 +54,26 @@ class Codec:
     end a document, so such text is encoded like any other.
     """
 
-    def __init__(self, library: str, engine: Any) -> None:
-        """`engine`: tokenizers.Tokenizer, tiktoken.Encoding, or None for bytes."""
-        self._library, self._engine = library, engine
+    def __init__(self, library: str, engine: Any, control: bool = False) -> None:
+        """`engine`: tokenizers.Tokenizer, tiktoken.Encoding, or None for bytes. `control`: the text
+        of a control token is that token, as whoever writes a prompt means it."""
+        self._library, self._engine, self._control = library, engine, control
+        self._set_engine()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._set_engine()  # not part of its pickled state
+
+    def _set_engine(self) -> None:
         if self._library == "huggingface":
-            self._engine.encode_special_tokens = True  # not part of its pickled state
+            self._engine.encode_special_tokens = not self._control
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Ids of one text, without end of document."""
         if self._library == "huggingface":
             ids = self._engine.encode(text, add_special_tokens=False).ids
+        elif self._library == "tiktoken" and self._control:
+            ids = self._engine.encode(text, allowed_special="all")
         elif self._library == "tiktoken":
             ids = self._engine.encode_ordinary(text)
         else:
@@ -139,20 +146,23 @@ def identify(cfg: TokenizerConfig, tokenizer: "MegatronTokenizerText") -> Tokeni
     )
 
 
-def codec(tokenizer: "MegatronTokenizerText") -> Codec:
-    """The codec inside a Megatron tokenizer, which gives the same ids (a test compares)."""
+def codec(tokenizer: "MegatronTokenizerText", control: bool = False) -> Codec:
+    """The codec inside a Megatron tokenizer, which gives the same ids (a test compares).
+
+    control: for prompts: the text of a control token is that token. Of one tokenizer, not together
+    with a codec for documents.
+    """
     library = str(tokenizer.library)
     engine = None
     # Megatron's wrapper goes through lists of token strings, several times slower, and lets
     # control tokens through: take the engine it wraps.
     if library == "huggingface":
         engine = tokenizer._tokenizer.tokenizer.backend_tokenizer
-        engine.encode_special_tokens = True
         engine.no_truncation()
         engine.no_padding()
     elif library == "tiktoken":
         engine = tokenizer._tokenizer.tokenizer
-    return Codec(library, engine)
+    return Codec(library, engine, control)
 
 
 def is_trained(cfg: TokenizerConfig) -> bool:

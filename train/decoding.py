@@ -7,7 +7,7 @@ batch have the same length.
 Shapes: b texts, s tokens, V vocabulary, D hidden_size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,8 +55,8 @@ class Limits:
 
     tokens: int
     """New tokens of a text, at most."""
-    end: int | None = None
-    """The token that ends a text; None: none does."""
+    ends: Collection[int] = ()
+    """Tokens that end a text."""
     thinking_budget: int | None = None
     """After so many new tokens without `close_thinking` it is put in; None: no budget."""
     close_thinking: Sequence[int] = field(default_factory=tuple)
@@ -108,7 +108,7 @@ class _Text:
         token = self._forced[0] if self._forced else chosen
         self._forced = self._forced[1:]
         self.tokens.append(token)
-        self.ended = token == limits.end or len(self.tokens) == limits.tokens
+        self.ended = token in limits.ends or len(self.tokens) == limits.tokens
         return token
 
 

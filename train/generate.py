@@ -61,11 +61,16 @@ def generate(loaded: Loaded, checkpoint: Path, chosen: argparse.Namespace) -> in
     import torch
 
     from data.tokenizer import build_tokenizer, codec
+    from model.conversion.tokenizer import stop_tokens
     from train.decoding import Limits, decode, sampler
 
     _check(loaded, chosen)
-    tokenizer = build_tokenizer(_tokenizer(loaded, checkpoint, chosen.checkpoint))
-    words = codec(tokenizer)
+    named = _tokenizer(loaded, checkpoint, chosen.checkpoint)
+    tokenizer = build_tokenizer(named)
+    words = codec(tokenizer, control=True)
+    ends = {tokenizer.eod}
+    if named.library == "huggingface":
+        ends |= stop_tokens(Path(str(named.path)))
     prompts = [words.encode(prompt).tolist() for prompt in chosen.prompt]
     if not all(prompts):
         raise ConfigError("--prompt is empty; give at least one token of text")
@@ -73,10 +78,10 @@ def generate(loaded: Loaded, checkpoint: Path, chosen: argparse.Namespace) -> in
     found: list[dict[str, Any]] = [{} for _ in prompts]
     if chosen.speculate:
         for i, prompt in enumerate(prompts):
-            found[i] = _speculated(loaded, torch.tensor(prompt, device=device), tokenizer, chosen)
+            found[i] = _speculated(loaded, torch.tensor(prompt, device=device), ends, chosen)
     else:
         close = words.encode(THINKING).tolist()
-        limits = Limits(chosen.tokens, tokenizer.eod, chosen.thinking_budget, close)
+        limits = Limits(chosen.tokens, ends, chosen.thinking_budget, close)
         choose = sampler(chosen.temperature, chosen.top_p, chosen.seed)
         for length in sorted({len(p) for p in prompts}):
             same = [i for i, p in enumerate(prompts) if len(p) == length]
@@ -108,10 +113,10 @@ def _check(loaded: Loaded, chosen: argparse.Namespace) -> None:
         raise ConfigError(f"--json {chosen.json} is in no folder that exists; make it first")
 
 
-def _speculated(loaded: Loaded, prompt: Any, tokenizer: Any, chosen: Any) -> dict[str, Any]:
+def _speculated(loaded: Loaded, prompt: Any, ends: set[int], chosen: Any) -> dict[str, Any]:
     from train.speculative import speculate
 
-    done = speculate(loaded.model, prompt, chosen.speculate, chosen.tokens, tokenizer.eod)
+    done = speculate(loaded.model, prompt, chosen.speculate, chosen.tokens, ends)
     return {
         "tokens": done.tokens,
         "passes": done.passes,

@@ -9,6 +9,7 @@ the token k + 1 places ahead from the hidden state of the depth before and the t
 Shapes: s tokens of one text, V vocabulary, D hidden_size.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ class Speculation:
 
 
 def speculate(
-    model: Any, prompt: Tensor, depths: int, max_tokens: int, end: int | None = None
+    model: Any, prompt: Tensor, depths: int, max_tokens: int, ends: Collection[int] = ()
 ) -> Speculation:
     """Continue one text greedily.
 
@@ -45,7 +46,7 @@ def speculate(
         prompt: [s] tokens.
         depths: drafts of a pass; a repeated block can go deeper than it was trained.
         max_tokens: new tokens, at most.
-        end: the token that ends the text.
+        ends: tokens that end the text.
     """
     result = Speculation(drafted=[0] * depths, accepted=[0] * depths)
     text: list[int] = prompt.tolist()
@@ -62,10 +63,9 @@ def speculate(
                 result.accepted[depth] += depth < right
             new = [*drafts[:right], said[len(text) - 1 + right]]
             new = new[: max_tokens - len(result.tokens)]
-            if end in new:
-                new = new[: new.index(end) + 1]
+            new = new[: next((i for i, token in enumerate(new, 1) if token in ends), len(new))]
             result.tokens += new
-            if new[-1] == end:
+            if new[-1] in ends:
                 break
             text += new
             # The hidden states of all but the newest token, which has not been read yet.

@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,28 @@ def test_codec_gives_megatrons_ids(cfg):
     encoder = codec(tokenizer)
     for text in ["alpha beta\n  return {}", "Grün 数据 \t self"]:  # no control tokens in these
         assert list(encoder.encode(text)) == list(tokenizer.tokenize(text))
+
+
+def test_control_tokens_are_tokens_in_prompts_alone(bpe, tiktoken_file, tmp_path):
+    from tokenizers import AddedToken, Tokenizer
+
+    thinking = tmp_path / "thinking"
+    shutil.copytree(bpe.path, thinking)
+    engine = Tokenizer.from_file(f"{thinking}/tokenizer.json")
+    engine.add_special_tokens([AddedToken("</think>", special=True, normalized=False)])
+    engine.save(f"{thinking}/tokenizer.json")
+    for cfg, text, token in (
+        (TokenizerConfig(path=str(thinking)), "</think>", engine.token_to_id("</think>")),
+        (bpe, "<|endoftext|>", build_tokenizer(bpe).eod),
+        (tiktoken_file, "</s>", build_tokenizer(tiktoken_file).eod),
+    ):
+        prompts = codec(build_tokenizer(cfg), control=True)
+        assert token is not None and list(prompts.encode(text)) == [token]
+        documents = codec(build_tokenizer(cfg))
+        for encoder in (documents, pickle.loads(pickle.dumps(documents))):
+            assert (
+                token not in encoder.encode(text) and encoder.decode(encoder.encode(text)) == text
+            )
 
 
 def test_codec_survives_pickling(cfg):

@@ -74,7 +74,7 @@ def test_speculation_changes_nothing(model: Any, depths: int):
         assert done.passes + sum(done.accepted) >= NEW
         assert all(a <= d for a, d in zip(done.accepted, done.drafted, strict=True))
         end = wanted[4]
-        stopped = speculate(model, prompt, depths, NEW, end)
+        stopped = speculate(model, prompt, depths, NEW, [end])
         assert stopped.tokens == wanted[: wanted.index(end) + 1]
 
 
@@ -96,9 +96,9 @@ def test_right_drafts_are_all_accepted(model: Any):
 
 def test_limits_end_texts_and_close_thinking(model: Any):
     free = decode(model, prompts(5), greedy, Limits(NEW))
-    end = free[0][3]
-    ended = decode(model, prompts(5), greedy, Limits(NEW, end=end))
-    assert ended[0] == free[0][: free[0].index(end) + 1]
+    ends = free[0][5], free[0][3]
+    ended = decode(model, prompts(5), greedy, Limits(NEW, ends))
+    assert ended[0] == free[0][: min(free[0].index(end) for end in ends) + 1]
     close = [95, 94]
     budget = Limits(NEW, thinking_budget=4, close_thinking=close)
     for text, without in zip(decode(model, prompts(5), greedy, budget), free, strict=True):
