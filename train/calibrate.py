@@ -21,7 +21,7 @@ from recipes.errors import ConfigError, StrataError
 from recipes.rules import listed
 from recipes.schema import PrecisionConfig
 from train.guards import write_atomically
-from train.loaded import Loaded, with_model
+from train.loaded import Loaded, require_data, with_model
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
         # As the export reads it: of that recipe nothing else is used.
         precision = load_recipe(["experiment=tiny", f"precision={chosen.policy}"]).precision
         job = partial(calibrate, precision=precision, batches=chosen.batches, file=chosen.file)
+        require_data(chosen.checkpoint, "data.train", "give a run that went on from it")
         code = with_model(chosen.checkpoint, job)
     except StrataError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

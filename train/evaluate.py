@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from recipes.errors import ConfigError, StrataError
 from recipes.tables import table
-from train.loaded import Loaded, with_model
+from train.loaded import Loaded, require_data, with_model
 
 if TYPE_CHECKING:
     from train.batches import Batches
@@ -26,6 +26,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write {checkpoint: loss} here")
     chosen = parser.parse_args()
     try:
+        require_data(
+            chosen.checkpoints[0],
+            "data.validation",
+            "name a run before it, on whose held-out data all are evaluated",
+        )
         code = with_model(
             chosen.checkpoints[0], lambda first: evaluate(first, chosen.checkpoints, chosen.json)
         )

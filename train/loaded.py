@@ -8,10 +8,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from model.conversion.torch_dist import find_checkpoint, saved_recipe
+from model.conversion.table import pairs
+from model.conversion.torch_dist import TorchDistReader, find_checkpoint, saved_recipe
 from recipes.compose import load_recipe
 from recipes.errors import CheckpointError
-from recipes.schema import CheckpointConfig, ParallelConfig, PrecisionConfig, Recipe
+from recipes.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Recipe,
+)
 from recipes.stages import Place, spans
 
 
@@ -22,18 +30,22 @@ class Loaded:
     recipe: Recipe
     """Of the run, on one rank, without quantisation."""
     model: Any
-    """Megatron's HybridModel in evaluation mode, in the dtype of the run's parameters."""
+    """Megatron's HybridModel in evaluation mode, in the dtype of the run's parameters, or of the
+    weights of an imported checkpoint."""
 
 
 def run_recipe(checkpoint: Path) -> Recipe:
     """The recipe of the run a checkpoint belongs to, for one rank and unquantised.
 
+    Of an imported checkpoint, which knows its model alone, it has no data, and the dtype is that of
+    the weights.
+
     Raises:
         CheckpointError: there is none, or it is of another version.
     """
-    saved = saved_recipe(find_checkpoint(checkpoint))
+    folder = find_checkpoint(checkpoint)
+    saved = saved_recipe(folder)
     try:
-        # An imported checkpoint knows its model alone; the rest is of no consequence here.
         merged = OmegaConf.merge(OmegaConf.structured(load_recipe(["experiment=tiny"])), saved)
         recipe = OmegaConf.to_object(merged)
     except Exception as error:
@@ -41,12 +53,38 @@ def run_recipe(checkpoint: Path) -> Recipe:
         raise CheckpointError(f"the recipe of {checkpoint} cannot be read: {text}") from error
     assert isinstance(recipe, Recipe)
     if recipe.stages:
-        recipe = _stage_of(recipe, find_checkpoint(checkpoint))
+        recipe = _stage_of(recipe, folder)
+    if "data" not in saved:
+        recipe.data = DataConfig(name="none")
+        recipe.precision.params_dtype = _dtype_of(folder, recipe.model)
+        longest = recipe.model.max_position_embeddings
+        recipe.stage.sequence_length = min(recipe.stage.sequence_length, longest)
     recipe.parallel = ParallelConfig()
     recipe.checkpoint = CheckpointConfig()
     dtype = recipe.precision.params_dtype
     recipe.precision = PrecisionConfig(name="checkpoint", params_dtype=dtype)
     return recipe
+
+
+def require_data(checkpoint: Path, key: str, remedy: str) -> None:
+    """Refuse a checkpoint of no run where a run's data is to be read.
+
+    Raises:
+        CheckpointError: with the remedy.
+    """
+    if "data" not in saved_recipe(find_checkpoint(checkpoint)):
+        raise CheckpointError(
+            f"{checkpoint} was imported and names no data ({key}), as runs do; {remedy}"
+        )
+
+
+def _dtype_of(folder: Path, model: ModelConfig) -> str:
+    """precision.params_dtype that holds all weights of a checkpoint exactly."""
+    reader = TorchDistReader(folder)
+    # Vectors that are always FP32 say nothing; a weight that is missing is told by its loading.
+    names = {s.name for pair in pairs(model) if not pair.row.fp32 for s in pair.native}
+    kinds = {str(reader.dtype(name)) for name in names & reader.shapes.keys()}
+    return "bf16" if kinds == {"torch.bfloat16"} else "fp32"
 
 
 def _stage_of(recipe: Recipe, checkpoint: Path) -> Recipe:

@@ -45,13 +45,26 @@ def test_a_run_goes_out_and_comes_back(data: Path, straight: Path, tmp_path: Pat
     # What was exported says what the run says. Speculation reads whole texts instead of states,
     # which BF16 rounds otherwise: that its text is the same is tested in FP32.
     texts = []
-    for source, more in ((straight, ()), (exported, ()), (exported, ("--speculate", "2"))):
+    thinking = ("--thinking-budget", "2", "--temperature", "0.8", "--seed", "1", "--tokens", "20")
+    for source, more in (
+        (straight, ()),
+        (exported, ()),
+        (exported, ("--speculate", "2")),
+        (exported, thinking),
+    ):
         file = tmp_path / "texts.json"
         words = (str(source), "--prompt", "def f(", "--prompt", "x", "--tokens", "6", *more)
         Command((*words, "--json", str(file)), data, "train.generate").run()
         texts.append(json.loads(file.read_text()))
     assert [t["tokens"] for t in texts[0]] == [t["tokens"] for t in texts[1]]
     assert all(len(t["tokens"]) == 6 and t["passes"] <= 6 for t in texts[2])
+    assert all("</think>" in t["text"] for t in texts[3])
+    assert texts[3][0]["tokens"][:2] != texts[0][0]["tokens"][:2]  # drawn
+
+    # What was imported names no data to evaluate on.
+    for module, more in (("train.evaluate", ()), ("train.calibrate", (str(tmp_path / "file"),))):
+        message = Command((str(imported), *more), data, module).refused()
+        assert f"{imported} was imported and names no data" in message
 
 
 def test_a_run_goes_out_in_nvfp4(data: Path, straight: Path, tmp_path: Path):
