@@ -142,30 +142,38 @@ def _train(
     from train.identity import write_identity
     from train.metrics import Reporter
     from train.trainer import Trainer
-    from train.watchdog import Watchdog, progress_limit
+    from train.watchdog import Watchdog, progress_limit, start_limit
     from train.weights import load_weights
 
-    folder, first = Path(recipe.run.dir), dist.get_rank() == 0
+    folder, rank, world = Path(recipe.run.dir), dist.get_rank(), dist.get_world_size()
     shapes = pattern(recipe.stage).shapes
     if not torch.cuda.is_available():
         tokens = max(s.sequence_length * s.micro_batch_size for s in shapes) // layout.cp
         give_back_activations(tokens, recipe.model.hidden_size)
-    state, routers = build_state(recipe, layout)
-    state.law_tokens = place.span.law_tokens
-    said: list[str] = []
-    checkpointer = Checkpointer(
-        folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append, place
+    starting = Watchdog(
+        start_limit(recipe, world),
+        folder / "logs",
+        rank,
+        "parallel.timeout_minutes",
+        "building and loading",
     )
-    resumed = checkpointer.load(state)
-    if not resumed and recipe.checkpoint.load is not None:
-        weights = load_weights(Path(recipe.checkpoint.load), state)
-        said.append(f"weights of {weights}")
-    if not resumed:
-        write_identity(recipe, data, state.chunks)
+    said: list[str] = []
+    with starting:
+        state, routers = build_state(recipe, layout)
+        state.law_tokens = place.span.law_tokens
+        checkpointer = Checkpointer(
+            folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append, place
+        )
+        resumed = checkpointer.load(state)
+        if not resumed and recipe.checkpoint.load is not None:
+            weights = load_weights(Path(recipe.checkpoint.load), state)
+            said.append(f"weights of {weights}")
+        if not resumed:
+            write_identity(recipe, data, state.chunks)
     reporter = Reporter(
         folder,
         recipe.logging,
-        active=first,
+        active=rank == 0,
         config=asdict(recipe),
         first_step=state.progress.step,
         last_step=place.span.end,
@@ -178,9 +186,8 @@ def _train(
     for message in (*said, f"{folder}: {where}; {layout}"):
         reporter.say(message)
     flops = [flops_per_token(recipe.model, shape.sequence_length) for shape in shapes]
-    limit = progress_limit(recipe, dist.get_world_size())
     try:
-        with Watchdog(limit, folder / "logs", dist.get_rank()) as watchdog:
+        with Watchdog(progress_limit(recipe, world), folder / "logs", rank) as watchdog:
             trainer = Trainer(
                 recipe,
                 state,
@@ -198,7 +205,7 @@ def _train(
             code = EXIT_STOPPED
     finally:
         reporter.close()
-    if first:
+    if rank == 0:
         if code != EXIT_COMPLETE or place.following is None:
             rundir.mark_end(folder, code, state.progress.step)
         plots.plot_run(folder)

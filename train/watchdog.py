@@ -20,9 +20,15 @@ def progress_limit(recipe: Recipe, world_size: int) -> float | None:
     stack of the rank they wait for is written.
     """
     minutes = recipe.guard.progress_timeout_minutes
-    if minutes is None:
-        minutes = 0.9 * recipe.parallel.timeout_minutes if world_size > 1 else None
-    return None if minutes is None else 60 * minutes
+    return start_limit(recipe, world_size) if minutes is None else 60 * minutes
+
+
+def start_limit(recipe: Recipe, world_size: int) -> float | None:
+    """Seconds a rank may take to build and load everything; None: no limit.
+
+    What is set for a micro batch may be too short for that.
+    """
+    return 0.9 * 60 * recipe.parallel.timeout_minutes if world_size > 1 else None
 
 
 class Watchdog:
@@ -35,18 +41,27 @@ class Watchdog:
         seconds: the limit; None: only crashes are written down.
         logs: folder of the logs.
         rank: this rank; rank 0 also says on the terminal what happened.
+        key: what the limit comes from.
+        doing: what begins now.
     """
 
-    def __init__(self, seconds: float | None, logs: Path, rank: int) -> None:
-        self._seconds, self._logs, self._rank = seconds, logs, rank
-        self._last, self._step = time.monotonic(), 0
+    def __init__(
+        self,
+        seconds: float | None,
+        logs: Path,
+        rank: int,
+        key: str = "guard.progress_timeout_minutes",
+        doing: str = "a micro batch of step 0",
+    ) -> None:
+        self._seconds, self._logs, self._rank, self._key = seconds, logs, rank, key
+        self._last, self._doing = time.monotonic(), doing
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
         self._file = (self._logs / f"rank{self._rank}.log").open("a")
         faulthandler.enable(self._file)
-        self.beat(0)
+        self._last = time.monotonic()
         if self._seconds is not None:
             self._thread = threading.Thread(target=self._watch, args=(self._seconds,), daemon=True)
             self._thread.start()
@@ -67,7 +82,7 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """There is progress: this step works on its next micro batch."""
-        self._last, self._step = time.monotonic(), step
+        self._last, self._doing = time.monotonic(), f"a micro batch of step {step}"
 
     def _watch(self, seconds: float) -> None:
         pause, grace = min(1.0, seconds / 10), min(30.0, 1 + seconds / 20)
@@ -81,8 +96,7 @@ class Watchdog:
             if time.monotonic() < late:
                 continue
             text = (
-                f"no progress for {seconds / 60:g} minutes (guard.progress_timeout_minutes) since "
-                f"a micro batch of step {self._step} began"
+                f"no progress for {seconds / 60:g} minutes ({self._key}) since {self._doing} began"
             )
             print(f"{time.strftime('%F %T')} {text}; all stacks:", file=self._file, flush=True)
             faulthandler.dump_traceback(self._file, all_threads=True)

@@ -1,5 +1,5 @@
 """`python -m tests.end_to_end.hung_train RANK STEP OVERRIDES...`: training in which a rank never
-gets a batch of a step; everything else is the real command."""
+gets a batch of a step (0: its checkpoint); everything else is the real command."""
 
 import os
 import sys
@@ -12,8 +12,16 @@ from recipes.schema import Recipe
 
 
 def main(recipe: Recipe) -> int:
-    from train import batches, run
+    from train import batches, checkpoint, run
 
+    load = checkpoint.Checkpointer.load
+
+    def hanging_load(self: Any, state: Any) -> bool:
+        if (0, os.environ.get("RANK")) == (_STEP, _RANK):
+            wait_for_a_disk_that_never_answers()
+        return load(self, state)
+
+    checkpoint.Checkpointer.load = hanging_load  # type: ignore[method-assign]
     original = batches.Batches.train_from
 
     def hanging(self: Any, step: int) -> Iterator[Any]:

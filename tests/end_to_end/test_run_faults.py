@@ -88,6 +88,18 @@ def test_a_hung_rank(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_before_it_trains(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = train(data, run, *TWO_RANKS, "parallel.timeout_minutes=0.5").overrides
+    process = Command(["1", "0", *recipe], data, "tests.end_to_end.hung_train").start()
+    (message,) = ended(process, 120)
+    hung = (run / "logs/rank1.log").read_text()
+    said = "no progress for 0.45 minutes (parallel.timeout_minutes) since building and loading"
+    assert said in hung and "wait_for_a_disk_that_never_answers" in hung
+    assert f"{run}/logs; the same command goes on from the last checkpoint" in message
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank(rank: int, data: Path, tmp_path: Path, undisturbed: Path) -> None:
     """It cannot even write its stacks."""
