@@ -13,16 +13,20 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from parallel.parity import REFERENCE
+from parallel.parity import REFERENCE, Case
 from tests.distributed.harness import RankError, run_distributed
 from tests.distributed.layouts import laid_out
 from tests.distributed.test_layouts import trainer
 
+TWO_RANKS = Case("dp2", data=2)
+NEVER = 10**6
+"""Number of an event that no run comes to."""
 LAST = 4
 """Steps of the whole run, with a checkpoint after each."""
 
@@ -50,7 +54,7 @@ class Executioner:
     Events are what is done to files below a folder: open for writing, sync, rename, remove, make.
     """
 
-    def __init__(self, folder: Path, event: int, log: Path) -> None:
+    def __init__(self, folder: Path, event: int | None, log: Path) -> None:
         self._folder, self._event, self._trainer = f"{folder}/", event, os.getpid()
         self._count = mmap.mmap(-1, 8)  # shared with a forked writer
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -87,26 +91,35 @@ class Executioner:
 
 
 def keep_saving(
-    rank: int, world: int, run: Path, background: bool, event: int | None, limit: int | None
+    rank: int,
+    world: int,
+    run: Path,
+    background: bool,
+    event: int | None,
+    limit: int | None,
+    victim: int = 0,
 ) -> list[tuple[int, str]]:
     """Load, then train to the last step with a checkpoint after each; (step, hash) as it goes.
 
     Args:
         event: die before this event; None: do not.
         limit: die when a file grows beyond so many bytes; None: do not.
+        victim: the rank whose events count and that dies.
     """
     from train.hashes import parameters_hash
 
-    with laid_out(REFERENCE, world) as (recipe, layout):
+    with laid_out(REFERENCE if world == 1 else TWO_RANKS, world) as (recipe, layout):
         running = trainer(recipe, layout, run)
         running.checkpointer.config.async_save = background
         running.checkpointer.config.keep_last = 1
         state, found = running.state, []
         running.checkpointer.load(state)
         found.append((state.progress.step, parameters_hash(state.chunks)))
-        (run / "loaded").write_text(json.dumps(found[0]))
+        if rank == 0:
+            (run / "loaded").write_text(json.dumps(found[0]))
         if event is not None:
-            Executioner(run / "checkpoints", event, run / "events")
+            mine = event if rank == victim else None
+            Executioner(run / "checkpoints", mine, run / f"events{rank}")
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -119,16 +132,29 @@ def keep_saving(
     return found
 
 
-def killed(run: Path, background: bool, event: int | None = None, limit: int | None = None) -> str:
+def killed(
+    run: Path,
+    background: bool,
+    event: int | None = None,
+    limit: int | None = None,
+    world: int = 1,
+    victim: int = 0,
+) -> str:
     """Start once and be killed; the event it came to, or "" if it came to the end."""
-    (run / "events").unlink(missing_ok=True)
+    for rank in range(world):
+        (run / f"events{rank}").unlink(missing_ok=True)
     try:
-        run_distributed(keep_saving, 1, run, background, event, limit)
+        run_distributed(keep_saving, world, run, background, event, limit, victim)
     except RankError as error:
         number = signal.SIGKILL if limit is None else signal.SIGXFSZ
         assert f"exit code {-number}" in str(error), error
-        return (run / "events").read_text().splitlines()[-1] if event is not None else "limit"
+        return events(run, victim)[-1] if event is not None else "limit"
     return ""
+
+
+def events(run: Path, rank: int = 0) -> list[str]:
+    """What a rank did to the checkpoints in the last start, in order."""
+    return (run / f"events{rank}").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -156,18 +182,18 @@ def check_loaded(run: Path, completed: int, undisturbed: dict[int, str]) -> None
     assert undisturbed[step] == bits
 
 
-def check_end(run: Path, background: bool, undisturbed: dict[int, str]) -> None:
+def check_end(run: Path, background: bool, undisturbed: dict[int, str], world: int = 1) -> None:
     """Left alone it comes to the same end, and leaves one checkpoint and nothing else."""
-    ends = run_distributed(keep_saving, 1, run, background, None, None)[0]
+    ends = run_distributed(keep_saving, world, run, background, None, None)[0]
     assert dict(ends).items() <= undisturbed.items() and ends[-1][0] == LAST
     kept = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert kept == [f"iter_{LAST:07d}", "latest"]
 
 
 def events_of(run: Path, background: bool) -> list[str]:
-    """Everything a run does to its checkpoints, in order."""
-    assert killed(new_run(run), background, event=10**6) == ""
-    return (run / "events").read_text().splitlines()
+    """Everything a whole run of one rank does to its checkpoints, in order."""
+    assert killed(new_run(run), background, event=NEVER) == ""
+    return events(run)
 
 
 def matches(event: str, pattern: str) -> bool:
@@ -182,18 +208,50 @@ def numbers(events: list[str], pattern: str) -> list[int]:
 def test_killed_at_chosen_phases(
     background: bool, tmp_path: Path, undisturbed: dict[int, str]
 ) -> None:
-    events = events_of(tmp_path / "counted", background)
+    counted = events_of(tmp_path / "counted", background)
     for name, pattern in PHASES.items():
-        assert numbers(events, pattern), f"nothing to kill: {name}; events: {set(events)}"
+        assert numbers(counted, pattern), f"nothing to kill: {name}; events: {set(counted)}"
     chosen = ("sync a shard", "before latest", "while deleting an old one")
     run = new_run(tmp_path / "run")
     for name in chosen if background else reversed(chosen):
         completed = latest(run)
         # The second time, so that there is something to lose; counted from this start's first.
-        place = numbers(events, PHASES[name])[1 if name != "while deleting an old one" else 0]
+        place = numbers(counted, PHASES[name])[1 if name != "while deleting an old one" else 0]
         killed(run, background, event=place)
         check_loaded(run, completed, undisturbed)
     check_end(run, background, undisturbed)
+
+
+EACH_PHASE = [(name, victim) for name in PHASES for victim in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("background", "kills"),
+    [
+        (True, [("sync a shard", 1), ("before latest", 0)]),
+        pytest.param(True, EACH_PHASE, marks=pytest.mark.slow),
+        pytest.param(False, EACH_PHASE, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.timeout(1800)
+def test_one_of_two_ranks_is_killed(
+    background: bool, kills: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    """Both write a shard; the first does all the rest, in the background at the next step."""
+    whole = new_run(tmp_path / "whole")
+    undisturbed = dict(run_distributed(keep_saving, 2, whole, background, NEVER, None)[0])
+    places = {kill: numbers(events(whole, kill[1]), PHASES[kill[0]]) for kill in kills}
+    assert any(places[kill] for kill in kills if kill[1] == 1)
+    for i, some in enumerate(batched([kill for kill in kills if places[kill]], 2)):
+        run = new_run(tmp_path / f"run{i}")
+        for kill in some:
+            completed = latest(run)
+            # In the second save of a start, so that there is something to lose.
+            place = places[kill][len(places[kill]) // LAST]
+            assert killed(run, background, place, world=2, victim=kill[1]), kill
+            check_loaded(run, completed, undisturbed)
+        assert latest(run) > 0
+        check_end(run, background, undisturbed, world=2)
 
 
 @pytest.mark.slow
@@ -203,8 +261,8 @@ def test_killed_before_each_event(
     background: bool, tmp_path: Path, undisturbed: dict[int, str]
 ) -> None:
     """Each of two saves, the deletion of an old one among them, in one or more starts of a run."""
-    events = events_of(tmp_path / "counted", background)
-    first_deleted = numbers(events, PHASES["at the end of a deletion"])[0]
+    counted = events_of(tmp_path / "counted", background)
+    first_deleted = numbers(counted, PHASES["at the end of a deletion"])[0]
     seen = set()
     for event in range(first_deleted + 3):
         run = new_run(tmp_path / f"run{event}")
@@ -220,10 +278,10 @@ def test_killed_before_each_event(
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_file(tmp_path: Path, undisturbed: dict[int, str]) -> None:
     """By the kernel, when a file grows beyond a limit: at the first byte, within a record, ..."""
-    events = events_of(tmp_path / "counted", False)
+    counted = events_of(tmp_path / "counted", False)
     whole = max(p.stat().st_size for p in (tmp_path / "counted").rglob("*.distcp"))
     run = new_run(tmp_path / "run")
-    killed(run, False, event=numbers(events, PHASES["move latest"])[1])
+    killed(run, False, event=numbers(counted, PHASES["move latest"])[1])
     for share in (0.0, 0.001, 0.3, 0.7, 0.999):
         completed = latest(run)
         assert killed(run, False, limit=int(share * whole)) == "limit"
