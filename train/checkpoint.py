@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from data.files import sha256_file, sha256_json, sync
 from data.ranks import on_first_rank
-from model.conversion.torch_dist import step_of
+from model.conversion.torch_dist import complete_checkpoints, step_of
 from model.integrity import INTEGRITY
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
@@ -197,15 +197,14 @@ class Checkpointer:
         found: list[list[str] | CheckpointError] = [[]]
         if dist.get_rank() == 0:
             latest = self.folder / LATEST
-            complete = self._complete()
-            newest = sorted(complete, reverse=True)
+            complete = complete_checkpoints(self.folder)
             if latest.exists():
                 name = latest.read_text(errors="replace").strip() or "(nothing)"
                 named = step_of(name)
-                older = [complete[s] for s in newest if named is None or s < named]
-                found = [[name, *older]]
+                older = [p.name for s, p in complete.items() if named is None or s < named]
+                found = [[name, *reversed(older)]]
             elif complete:  # killed just before the first one was named
-                found = [[complete[step] for step in newest]]
+                found = [[path.name for path in reversed(complete.values())]]
         dist.broadcast_object_list(found, src=0)
         assert isinstance(found[0], list)
         return [self.folder / name for name in found[0]]
@@ -310,8 +309,8 @@ class Checkpointer:
         Complete ones newer than `newest` are of a future that `checkpoint.allow_previous` went
         back from: they neither count nor go.
         """
-        complete = self._complete()
-        past = sorted(step for step in complete if step <= newest)
+        complete = complete_checkpoints(self.folder)
+        past = [step for step in complete if step <= newest]
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
         kept = set(past if keep_last is None else past[-keep_last:]) | (complete.keys() - set(past))
         kept |= {step for step in past if keep_every and step % keep_every == 0}
@@ -326,11 +325,6 @@ class Checkpointer:
         # To delete gigabytes takes as long as some steps.
         self._removal = threading.Thread(target=_remove, args=dropped)
         self._removal.start()
-
-    def _complete(self) -> dict[int, str]:
-        """Step -> name of every complete checkpoint."""
-        names = [file.parent.name for file in self.folder.glob(f"iter_*/{META}")]
-        return {step: name for name in names if (step := step_of(name)) is not None}
 
     def _wait_for_removal(self) -> None:
         if self._removal is not None:

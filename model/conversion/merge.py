@@ -27,6 +27,7 @@ from model.conversion.torch_dist import (
     Planned,
     TorchDistReader,
     TorchDistWriter,
+    complete_checkpoints,
     find_checkpoint,
     native_shapes,
     saved_recipe,
@@ -141,7 +142,10 @@ def _checkpoints(options: MergeConfig) -> list[Path]:
     sources = [Path(source).expanduser() for source in options.sources]
     if len(sources) == 1 and not (sources[0] / METADATA).exists():
         newest = find_checkpoint(sources[0])  # says what is missing
-        complete = _complete(newest)
+        last = step_of(newest.name)
+        # Later ones are of a future that checkpoint.allow_previous went back from.
+        found = complete_checkpoints(newest.parent).items()
+        complete = [path for step, path in found if last is None or step <= last]
         sources = complete if options.last is None else complete[-options.last :]
     at_least("merge.last", options.last, 2, "all")
     if len(sources) < 2:
@@ -150,15 +154,6 @@ def _checkpoints(options: MergeConfig) -> list[Path]:
             "give two or more, or a run that has kept several (checkpoint.keep_last, keep_every)"
         )
     return [find_checkpoint(source) for source in sources]
-
-
-def _complete(newest: Path) -> list[Path]:
-    """A run's complete checkpoints up to its newest. Later ones are of a future that
-    `checkpoint.allow_previous` went back from, and other names are of users' copies."""
-    last = step_of(newest.name)
-    found = {step_of(file.parent.name): file.parent for file in newest.parent.glob("*/meta.json")}
-    steps = sorted(step for step in found if step is not None and (last is None or step <= last))
-    return [found[step] for step in steps]
 
 
 def _check_same(first: ModelConfig, other: ModelConfig, where: Path) -> None:

@@ -305,6 +305,12 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> folder of a run's complete checkpoints, oldest first."""
+    found = {step_of(file.parent.name): file.parent for file in folder.glob("*/meta.json")}
+    return {step: found[step] for step in sorted(s for s in found if s is not None)}
+
+
 def saved_recipe(checkpoint: Path) -> dict[str, Any]:
     """The recipe of the run a checkpoint belongs to, as written in its config.json.
 
