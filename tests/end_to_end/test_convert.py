@@ -62,8 +62,8 @@ def test_a_run_goes_out_and_comes_back(data: Path, straight: Path, tmp_path: Pat
     assert texts[3][0]["tokens"][:2] != texts[0][0]["tokens"][:2]  # drawn
 
     # What was imported names no data to evaluate on.
-    for module, more in (("train.evaluate", ()), ("train.calibrate", (str(tmp_path / "file"),))):
-        message = Command((str(imported), *more), data, module).refused()
+    for module, *to in (("train.evaluate",), ("train.calibrate", str(tmp_path / "file"))):
+        message = Command([str(imported), *to], data, module).refused()
         assert f"{imported} was imported and names no data" in message
 
 
