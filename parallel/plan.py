@@ -6,16 +6,19 @@ nor megatron is imported. plan.md says what the numbers are worth.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from parallel.gpus import Gpu, gpu_named
+from parallel.job import Job, Share, shares
 from parallel.layout import Layout, validate_layout
-from parallel.memory import Job, Memory, Share, memory, shares
+from parallel.memory import Memory, memory
+from parallel.recompute import depth_again, layers_of, times_again
 from parallel.roofline import StepTime, step_time
 from parallel.traffic import Traffic, traffic
+from precision.policy import block_format
 from recipes.compose import run_cli
 from recipes.errors import ConfigError
 from recipes.rules import at_least
@@ -24,17 +27,37 @@ from recipes.stages import mix_shares
 from recipes.tables import table
 from recipes.validate import lengths_apart, validate_run
 
+QUANTISED = {"mxfp8": 2 * (1 + 1 / 32), "nvfp4": 2 * (1 / 2 + 1 / 16)}
+"""Bytes of an element of a weight as Transformer Engine keeps it: by rows and by columns, a scale
+for every 32 or 16 elements."""
+
+
+class Product(NamedTuple):
+    """A part of a layer's arithmetic."""
+
+    module: str
+    """Megatron's name inside the layer."""
+    flops: float
+    """Forward, of a token; backward takes twice as many."""
+    forward: str
+    backward: str
+    """Formats: bf16, mxfp8, nvfp4, or other where it is no product with a weight."""
+    quantised: float = 0.0
+    """Bytes a rank keeps of its weight in a block format."""
+
 
 @dataclass(frozen=True)
 class Work:
-    """Training FLOPs of a token by format (bf16, mxfp8, nvfp4, other), by place."""
+    """The arithmetic of a model by place."""
 
-    layers: tuple[Mapping[str, float], ...]
+    layers: tuple[tuple[Product, ...], ...]
     """Of each decoder layer."""
-    mtp: Mapping[str, float]
-    """Of all multi-token-prediction depths, their heads left out."""
+    mtp: tuple[tuple[Product, ...], ...]
+    """Of each layer of a multi-token-prediction block, over all its depths."""
+    joined: tuple[Product, ...]
+    """Of eh_proj, over all depths."""
     head: float
-    """Of the output head, once."""
+    """Forward FLOPs of a token in the output head, once."""
 
 
 @dataclass(frozen=True)
@@ -92,29 +115,47 @@ def main(recipe: Recipe) -> int:
 
 
 def work_of(recipe: Recipe) -> Work:
-    """FLOPs of the recipe's model in the formats its precision policy starts with."""
+    """The arithmetic of the recipe's model, in the formats its precision policy starts with."""
     from model.counts import layer_flops
     from model.gemms import policy_of
     from model.pattern import parse_pattern
 
-    model, length = recipe.model, recipe.stage.sequence_length
-    pattern = parse_pattern(model.hybrid_layer_pattern)
+    model, pattern = recipe.model, parse_pattern(recipe.model.hybrid_layer_pattern)
+    decisions = policy_of(recipe).start
+    experts = (model.num_moe_experts or 1) // recipe.parallel.expert_model_parallel_size
 
-    def cost(symbols: str) -> defaultdict[str, float]:
-        flops = (3 * sum(layer_flops(model, s, length).values()) for s in symbols)
-        return defaultdict(float, other=sum(flops))
+    def products(prefix: str) -> Iterator[Product]:
+        for gemm, name in ((d.gemm, d.format) for d in decisions if d.gemm.name.startswith(prefix)):
+            copies = experts if gemm.module.startswith("mlp.experts") else 1
+            yield Product(
+                gemm.module,
+                gemm.flops,
+                "bf16" if name.endswith("_backward") else name,
+                block_format(name),
+                copies * gemm.rows * gemm.columns * QUANTISED.get(block_format(name), 0.0),
+            )
 
-    layers = [cost(symbol) for symbol in pattern.main]
-    mtp = cost(pattern.mtp * pattern.mtp_depths)
-    mtp["other"] += pattern.mtp_depths * 12 * model.hidden_size**2
-    for decision in policy_of(recipe).start:
-        place = mtp if decision.gemm.layer is None else layers[decision.gemm.layer]
-        flops, name = decision.gemm.flops, decision.format
-        place["other"] -= 3 * flops
-        backward_only = name.endswith("_backward")
-        place["bf16" if backward_only or name == "bf16" else name] += flops
-        place[name.removesuffix("_backward")] += 2 * flops
-    return Work(tuple(layers), mtp, 6.0 * model.hidden_size * model.vocab_size)
+    def layer(symbol: str, prefix: str, times: int) -> tuple[Product, ...]:
+        known = tuple(products(prefix))
+        rest = (
+            Product(module, times * flops, "other", "other")
+            for module, flops in layer_flops(model, symbol, recipe.stage.sequence_length).items()
+            if not any(product.module.startswith(module) for product in known)
+        )
+        return (*known, *rest)
+
+    blocks = min(1, pattern.mtp_depths) if model.mtp_use_repeated_layer else pattern.mtp_depths
+    mtp = [
+        layer(symbol, f"mtp.layers.{k}.mtp_model_layer.layers.{j}.", pattern.mtp_depths // blocks)
+        for k in range(blocks)
+        for j, symbol in enumerate(pattern.mtp)
+    ]
+    return Work(
+        layers=tuple(layer(s, f"decoder.layers.{i}.", 1) for i, s in enumerate(pattern.main)),
+        mtp=tuple(mtp),
+        joined=tuple(x for k in range(blocks) for x in products(f"mtp.layers.{k}.eh_proj")),
+        head=2.0 * model.hidden_size * model.vocab_size,
+    )
 
 
 def make_plan(recipe: Recipe, layout: Layout, pattern: Any, work: Work, gpu: Gpu) -> Plan:
@@ -127,23 +168,37 @@ def make_plan(recipe: Recipe, layout: Layout, pattern: Any, work: Work, gpu: Gpu
     ranks = []
     for share in shares(pattern.stages, pattern.mtp, pattern.mtp_depths, layout.pp):
         sent = traffic(job, share)
-        flops = _flops(job, share, work, pattern)
-        seconds = step_time(job, share, gpu, flops, sent)
-        ranks.append((share, memory(job, share), sent, seconds))
+        parts = list(_parts(job, share, work, pattern))
+        seconds = step_time(job, share, gpu, _flops(job, share, work, parts), sent)
+        quantised = sum(product.quantised for product, _ in parts)
+        ranks.append((share, memory(job, share, quantised), sent, seconds))
     return Plan(recipe, layout, ranks)
 
 
-def _flops(job: Job, share: Share, work: Work, pattern: Any) -> dict[str, float]:
-    """FLOPs a token of a share, the forward pass again for what is recomputed."""
+def _parts(job: Job, share: Share, work: Work, pattern: Any) -> Iterator[tuple[Product, int]]:
+    """The products of a share's layers, and how often each is computed again."""
+    parallel = job.parallel
+    cut = [layer for piece in share.pieces for layer in layers_of(parallel, piece)]
+    own = [work.layers[i] for i in _indices(share, pattern, job.layout.pp)]
+    placed = list(zip(cut, own, strict=True))
+    if share.mtp:
+        block = layers_of(parallel, share.mtp, mtp=True)
+        placed += zip(block * (len(work.mtp) // len(block)), work.mtp, strict=True)
+        yield from ((product, depth_again(parallel)) for product in work.joined)
+    for layer, products in placed:
+        yield from ((x, times_again(parallel, layer, x.module)) for x in products)
+
+
+def _flops(
+    job: Job, share: Share, work: Work, parts: Sequence[tuple[Product, int]]
+) -> dict[str, float]:
+    """FLOPs a token of a share by format, what is computed again included."""
     total: defaultdict[str, float] = defaultdict(float)
-    again_all = job.parallel.recompute_granularity == "full"
-    for index in _indices(share, pattern, job.layout.pp):
-        again = again_all or (pattern.main[index] == "E" and job.recomputes("moe"))
-        for kind, count in work.layers[index].items():
-            total[kind] += count * (4 / 3 if again else 1)
-    for kind, count in work.mtp.items() if share.mtp else ():
-        total[kind] += count
-    total["bf16"] += work.head * (share.last + share.mtp_depths)
+    for product, again in parts:
+        total[product.forward] += product.flops * (1 + again)
+        total[product.backward] += product.flops * 2
+    heads = share.last + share.mtp_depths
+    total["bf16"] += work.head * heads * (4 if job.parallel.cross_entropy_loss_chunk else 3)
     return total
 
 
@@ -210,7 +265,7 @@ def _mixed(shares: Sequence[Fraction], plans: Sequence[Plan]) -> str:
 
 
 def _memory_table(plan: Plan) -> str:
-    names = ("parameters", "gradients", "optimizer", "activations", "buffers", "reserved")
+    names = [field.name for field in fields(Memory)]
     rows: list[tuple[str, ...]] = [("GB a rank", *names, "total")]
     for share, needs, _, _ in plan.ranks:
         values = [getattr(needs, name) for name in names] + [needs.total]

@@ -9,8 +9,11 @@ by: plan.md holds it against published figures.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from parallel.activations import computed_again, kept, plain
 from parallel.gpus import Gpu
-from parallel.memory import Job, Share, layer_activations, parameters
+from parallel.job import Job, Share
+from parallel.memory import parameters
+from parallel.recompute import Layer, layers_of
 from parallel.traffic import Traffic
 
 EFFICIENCY = {
@@ -26,8 +29,9 @@ counted in FLOPs (attention, scan, convolution), of the BF16 peak; links; GPU me
 ACTIVATION_PASSES fitted to the published throughputs in tests/unit/test_plan.py, within 25 %."""
 
 ACTIVATION_PASSES = 19
-"""Times a kept activation moves through GPU memory in a step: norms, casts, permutations and
-gradients all read and write it again."""
+"""Times an activation that a plain layer keeps moves through GPU memory in a step: norms, casts,
+permutations and gradients all read and write it again. A third of that is the forward pass, as of
+FLOPs: what is computed again, because it is not kept, moves so often once more."""
 
 OPTIMIZER_BYTES = 32
 """Moved for one element by the optimizer: weight, moments and gradient read, three written."""
@@ -67,8 +71,7 @@ def step_time(
     """
     tokens = job.tokens * job.layout.num_microbatches / job.layout.tp
     compute = sum(count * tokens / _speed(gpu, kind) for kind, count in flops.items())
-    kept = sum(layer_activations(job, s) for s in share.layers + share.mtp * share.mtp_depths)
-    moved = ACTIVATION_PASSES * kept * job.layout.num_microbatches
+    moved = ACTIVATION_PASSES * _written(job, share) * job.layout.num_microbatches
     own = parameters(job, share)
     states = own.dense / (job.layout.dp * job.layout.cp) + own.experts / job.layout.edp
     memory = (moved + OPTIMIZER_BYTES * states) / (gpu.bandwidth * EFFICIENCY["memory"])
@@ -83,6 +86,14 @@ def step_time(
             exposed += x.bytes / (link * EFFICIENCY["link"])
     fill = (job.layout.pp - 1) / (job.layout.num_microbatches * len(share.pieces))
     return StepTime(compute, memory, exposed, fill * (compute + memory + exposed))
+
+
+def _written(job: Job, share: Share) -> float:
+    """Bytes of activations of one micro batch, those computed again by a third."""
+    layers = [x for piece in share.pieces for x in layers_of(job.parallel, piece)]
+    layers += layers_of(job.parallel, share.mtp, mtp=True) * share.mtp_depths
+    once = plain(job)
+    return sum(kept(once, Layer(x.symbol)) + computed_again(job, x) / 3 for x in layers)
 
 
 def _speed(gpu: Gpu, kind: str) -> float:

@@ -1,11 +1,16 @@
 """What one rank sends in one optimizer step, predicted: bytes by the purposes of wire.py.
 
-Conventions are those of wire.md. Load is taken as balanced. Symbols as in memory.py.
+Conventions are those of wire.md. Load is taken as balanced. What is computed again is sent again.
+Symbols as in activations.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.memory import Job, Share, parameters
+from parallel.activations import grouped, keys
+from parallel.job import Job, Share
+from parallel.memory import parameters
+from parallel.recompute import Layer, depth_again, layers_of, times_again
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Traffic:
 def traffic(job: Job, share: Share) -> list[Traffic]:
     """Everything but counters and norms (`other`), for one rank of a pipeline rank's share."""
     layout = job.layout
-    symbols = share.layers + share.mtp * share.mtp_depths
+    layers = [layer for piece in share.pieces for layer in layers_of(job.parallel, piece)]
+    layers += layers_of(job.parallel, share.mtp, mtp=True) * share.mtp_depths
     steps = layout.num_microbatches
     own = parameters(job, share)
     dp, edp = layout.dp * layout.cp, layout.edp
@@ -33,9 +39,9 @@ def traffic(job: Job, share: Share) -> list[Traffic]:
     two_optimizers = own.experts and (layout.ep > 1 or layout.tp > 1)
     gathers = 2 if two_optimizers and not job.parallel.overlap_param_gather else 1
     found = [
-        *_expert_traffic(job, symbols.count("E") * steps),
-        Traffic("tensor", layout.tp, _tensor(job, share, symbols) * steps),
-        Traffic("context", layout.tp * layout.cp, _context(job, symbols) * steps),
+        *_expert_traffic(job, layers),
+        Traffic("tensor", layout.tp, _tensor(job, share, layers) * steps),
+        Traffic("context", layout.tp * layout.cp, _context(job, layers) * steps),
         Traffic("pipeline", layout.world_size, _pipeline(job, share) * steps),
         Traffic("gradients", stage_ranks, (dense + expert) * job.gradient_element),
         Traffic("gradients", layout.tp, _replicated(job, share) * job.gradient_element),
@@ -45,12 +51,17 @@ def traffic(job: Job, share: Share) -> list[Traffic]:
     return [x for x in found if x.bytes > 0]
 
 
-def _expert_traffic(job: Job, passes: int) -> list[Traffic]:
+def _expert_traffic(job: Job, layers: Sequence[Layer]) -> list[Traffic]:
     """Of all MoE layers: k rows of width l a token to the other expert-parallel ranks and back,
     once more backward; probabilities in FP32. The all-gather dispatcher sends every token to
     every rank instead, and reduces in FP32."""
     layout, k = job.layout, job.model.moe_router_topk
-    span, again = layout.ep * layout.etp, 1 if job.recomputes("moe") else 0
+    span = layout.ep * layout.etp
+    passes = job.layout.num_microbatches * sum(
+        2 + times_again(job.parallel, layer, "mlp.experts")
+        for layer in layers
+        if layer.symbol == "E"
+    )
     if job.parallel.moe_token_dispatcher_type == "allgather":
         rows = job.split_tokens * (span - 1) * job.width
         dispatch, combine = rows * job.element, rows * 4
@@ -61,9 +72,9 @@ def _expert_traffic(job: Job, passes: int) -> list[Traffic]:
         dispatch, combine = (rows + tensor) * job.element, rows * job.element + tensor * 4
         scores = job.split_tokens * k * (layout.ep - 1) / layout.ep * 4
     return [
-        Traffic("expert_dispatch", span, passes * (2 + again) * dispatch),
-        Traffic("expert_combine", span, passes * (2 + again) * combine),
-        Traffic("expert_routing", span, passes * (2 + again) * scores),
+        Traffic("expert_dispatch", span, passes * dispatch),
+        Traffic("expert_combine", span, passes * combine),
+        Traffic("expert_routing", span, passes * scores),
     ]
 
 
@@ -86,38 +97,86 @@ def _embedding_copy(job: Job, share: Share) -> float:
     return job.model.vocab_size * job.model.hidden_size / job.layout.tp if copied else 0.0
 
 
-def _tensor(job: Job, share: Share, symbols: str) -> float:
+SPLIT = {
+    "M": "mixer.in_proj",
+    "*": "self_attention.linear_qkv",
+    "E": "mlp.shared_experts",
+    "-": "mlp.linear_fc1",
+}
+"""Where a layer's input meets a column-parallel product."""
+
+
+def _tensor(job: Job, share: Share, layers: Sequence[Layer]) -> float:
     """Of one micro batch. Each pair of a column- and a row-parallel product gathers its input
     and scatters its output along the sequence, backward the same reversed, and (Transformer
     Engine, Megatron) gathers the input once more for the weight's gradient."""
-    layout, model = job.layout, job.model
+    layout, model, parallel = job.layout, job.model, job.parallel
     if layout.tp == 1:
         return 0.0
     unit = (layout.tp - 1) / layout.tp * job.tokens * model.hidden_size * job.element
-    pairs = sum(s != "E" or model.moe_shared_expert_intermediate_size is not None for s in symbols)
-    total = 5.0 * pairs * unit
+    shared = model.moe_shared_expert_intermediate_size is not None
+    pairs = [layer for layer in layers if layer.symbol != "E" or shared]
+    total = sum(5.0 + 2 * times_again(parallel, x, SPLIT[x.symbol]) for x in pairs) * unit
     if share.first:
         total += 2 * unit  # the embedding's output and its gradient
+    # In chunks the head's input is gathered once, and kept.
     heads = share.last + share.mtp_depths
-    total += heads * 3 * unit
+    total += heads * (2 if parallel.cross_entropy_loss_chunk else 3) * unit
     # Of each depth: eh_proj gathers its input of 2d twice and scatters its gradient, its output is
-    # gathered and so is the gradient of that; and the embedding again.
-    return total + share.mtp_depths * 10 * unit
+    # gathered and so is the gradient of that; and the embedding again. Computed again: three.
+    return total + share.mtp_depths * (10 + 3 * depth_again(parallel)) * unit
 
 
-def _context(job: Job, symbols: str) -> float:
-    """Of one micro batch: a ring of keys and values (twice that and their gradients backward),
-    and Mamba's exchange of sequence for heads, both ways."""
-    layout, model, cp = job.layout, job.model, job.layout.cp
-    if cp == 1:
+def _context(job: Job, layers: Sequence[Layer]) -> float:
+    """Of one micro batch: attention and Mamba, forward (again if recomputed) and backward."""
+    if job.layout.cp == 1:
         return 0.0
-    keys = 2 * max(1, model.num_query_groups // layout.tp) * model.kv_channels
-    inner = model.mamba_num_heads * model.mamba_head_dim
-    grouped = 2 * model.mamba_num_groups * model.mamba_state_dim
-    exchanged = (3 * inner + grouped + model.mamba_num_heads) / layout.tp
-    attention = symbols.count("*") * 3 * (cp - 1) * keys
-    mamba = symbols.count("M") * 2 * (cp - 1) / cp * exchanged
-    return job.tokens * job.element * (attention + mamba)
+    attention, mamba = _attention_context(job), _mamba_context(job)
+    total = 0.0
+    for layer in layers:
+        if layer.symbol == "*":
+            module, (forward, backward) = "self_attention.core_attention", attention
+        elif layer.symbol == "M":
+            module, (forward, backward) = "mixer.in_proj", mamba
+        else:
+            continue
+        total += forward * (1 + times_again(job.parallel, layer, module)) + backward
+    return total
+
+
+def _attention_context(job: Job) -> tuple[float, float]:
+    """Bytes forward and backward. Keys and values go round or are gathered, backward once more,
+    where their gradients go home too: in Transformer Engine cp - 1 hops in the keys' own type, in
+    the stand-in FP32, round the whole ring of cp hops. All-to-all exchanges queries, keys and
+    outputs for heads."""
+    cp, e = job.layout.cp, job.element
+    unit = job.tokens * keys(job)
+    if job.parallel.cp_comm_type == "a2a":
+        queries = job.model.num_attention_heads // job.layout.tp * job.model.kv_channels
+        each = (cp - 1) / cp * (unit + job.tokens * 2 * queries) * e
+        return each, each
+    if job.on_gpu:
+        gradients = (cp - 1) * unit * e
+    else:
+        hops = cp if job.parallel.cp_comm_type == "p2p" else cp - 1
+        gradients = hops * unit * max(e, 4)
+    return (cp - 1) * unit * e, (cp - 1) * unit * e + gradients
+
+
+def _mamba_context(job: Job) -> tuple[float, float]:
+    """Bytes forward and backward. `heads` exchanges the sequence for heads before the convolution
+    and back after the scan; `state` gathers the convolution's reach and, in FP32, states and
+    decays of a rank's two segments, whatever their length (model/scan.md)."""
+    model, layout, cp = job.model, job.layout, job.layout.cp
+    heads = model.mamba_num_heads / layout.tp
+    inner = heads * model.mamba_head_dim
+    if job.parallel.mamba_context == "heads":
+        each = (cp - 1) / cp * job.tokens * (3 * inner + grouped(job) + heads) * job.element
+        return each, each
+    segments = 2 * (cp - 1) * job.stage.micro_batch_size
+    halo = (model.mamba_d_conv - 1) * (inner + grouped(job)) * job.element
+    state = 4 * inner * model.mamba_state_dim
+    return segments * (halo + state + 4 * heads), segments * (halo + state)
 
 
 def _pipeline(job: Job, share: Share) -> float:

@@ -67,7 +67,9 @@ def measure(rank: int, world_size: int, overrides: list[str]) -> dict[str, Any]:
     """Peak bytes of this rank (of live tensors, of the resident set), its parameters, and the
     bytes it sent in the last step by purpose."""
     import torch
+    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     from model.validate import validate_recipe
     from parallel import wire
@@ -82,12 +84,14 @@ def measure(rank: int, world_size: int, overrides: list[str]) -> dict[str, Any]:
     stage = recipe.stage
     shape = stage.micro_batch_size, stage.sequence_length
     tokens = torch.randint(recipe.model.vocab_size, shape)
-    batch = {
+    whole = {
         "tokens": tokens,
         "labels": tokens,
         "position_ids": torch.arange(shape[1]).expand(shape),
         "loss_mask": torch.ones(shape),
     }
+    ranks = parallel_state.get_context_parallel_group()
+    batch = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=ranks)
     before, counter = _resident(), wire.install()
     _count_every_free()
     with torch.profiler.profile(
@@ -129,7 +133,8 @@ def predict(overrides: list[str]) -> list[dict[str, Any]]:
     """The same of each rank, as the planner sees it without a GPU."""
     from model.pattern import parse_pattern
     from model.validate import validate_recipe
-    from parallel.memory import Job, memory, parameters, shares
+    from parallel.job import Job, shares
+    from parallel.memory import memory, parameters
     from parallel.traffic import traffic
     from recipes.compose import load_recipe
 

@@ -11,7 +11,8 @@ from model.counts import published_flops_per_token
 from model.pattern import parse_pattern
 from model.validate import validate_recipe
 from parallel.gpus import GPUS
-from parallel.memory import Job, memory, parameters, shares
+from parallel.job import Job, shares
+from parallel.memory import memory, parameters
 from parallel.plan import Plan, make_plan, search, work_of
 from recipes.compose import load_recipe
 from recipes.errors import ConfigError
