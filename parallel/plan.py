@@ -21,7 +21,7 @@ from parallel.traffic import Traffic, traffic
 from precision.policy import block_format
 from recipes.compose import run_cli
 from recipes.errors import ConfigError
-from recipes.rules import at_least
+from recipes.rules import at_least, fail, listed
 from recipes.schema import ParallelConfig, Recipe
 from recipes.stages import mix_shares
 from recipes.tables import table
@@ -167,15 +167,14 @@ def make_plan(recipe: Recipe, layout: Layout, pattern: Any, work: Work, gpu: Gpu
     job = Job(recipe.model, recipe.parallel, recipe.precision, recipe.stage, layout, on_gpu=True)
     ranks = []
     for share in shares(pattern.stages, pattern.mtp, pattern.mtp_depths, layout.pp):
-        sent = traffic(job, share)
-        parts = list(_parts(job, share, work, pattern))
-        seconds = step_time(job, share, gpu, _flops(job, share, work, parts), sent)
-        quantised = sum(product.quantised for product, _ in parts)
+        sent = traffic(job, share, gpu.domain)
+        seconds = step_time(job, share, gpu, flops(job, share, work, pattern), sent)
+        quantised = sum(x.quantised for x, _ in _products(job, share, work, pattern))
         ranks.append((share, memory(job, share, quantised), sent, seconds))
     return Plan(recipe, layout, ranks)
 
 
-def _parts(job: Job, share: Share, work: Work, pattern: Any) -> Iterator[tuple[Product, int]]:
+def _products(job: Job, share: Share, work: Work, pattern: Any) -> Iterator[tuple[Product, int]]:
     """The products of a share's layers, and how often each is computed again."""
     parallel = job.parallel
     cut = [layer for piece in share.pieces for layer in layers_of(parallel, piece)]
@@ -189,12 +188,10 @@ def _parts(job: Job, share: Share, work: Work, pattern: Any) -> Iterator[tuple[P
         yield from ((x, times_again(parallel, layer, x.module)) for x in products)
 
 
-def _flops(
-    job: Job, share: Share, work: Work, parts: Sequence[tuple[Product, int]]
-) -> dict[str, float]:
+def flops(job: Job, share: Share, work: Work, pattern: Any) -> dict[str, float]:
     """FLOPs a token of a share by format, what is computed again included."""
     total: defaultdict[str, float] = defaultdict(float)
-    for product, again in parts:
+    for product, again in _products(job, share, work, pattern):
         total[product.forward] += product.flops * (1 + again)
         total[product.backward] += product.flops * 2
     heads = share.last + share.mtp_depths
@@ -345,6 +342,19 @@ def _candidates(recipe: Recipe, ranks: int, num_layers: int) -> Iterator[Paralle
                         )
 
 
+def _some_divide(recipe: Recipe, ranks: int, num_layers: int) -> bool:
+    """Whether some layout gives every data-parallel rank the same number of sequences."""
+    for parallel in _candidates(recipe, ranks, num_layers):
+        model_ranks = (
+            parallel.tensor_model_parallel_size
+            * parallel.pipeline_model_parallel_size
+            * parallel.context_parallel_size
+        )
+        if recipe.stage.global_batch_size % (ranks // model_ranks) == 0:
+            return True
+    return False
+
+
 def search(recipe: Recipe, ranks: int, pattern: Any, work: Work, gpu: Gpu) -> list[Plan]:
     """Every layout of so many GPUs that is valid and fits, best first. Stages are cut evenly."""
     whole = replace(pattern, stages=(pattern.main,))
@@ -390,6 +400,18 @@ def _search(recipe: Recipe, pattern: Any, work: Work, gpu: Gpu) -> str:
     if ranks is None:
         raise ConfigError("plan.search=true needs plan.ranks: the number of GPUs to lay out")
     found = search(recipe, ranks, pattern, work, gpu)
+    batch = recipe.stage.global_batch_size
+    if not found and not _some_divide(recipe, ranks, len(pattern.main)):
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        near = [max(n for n in divisors if n < ranks)]
+        near += [n for n in divisors if n > ranks][:1]
+        fail(
+            "plan.ranks",
+            ranks,
+            f"cannot be laid out: no number of data-parallel ranks divides "
+            f"stage.global_batch_size={batch}",
+            f"use {listed(near)}, or another batch",
+        )
     if not found:
         raise ConfigError(
             f"plan.ranks={ranks}: no layout of {recipe.model.name} is valid and fits "

@@ -24,8 +24,12 @@ class Traffic:
     """Sent by one rank."""
 
 
-def traffic(job: Job, share: Share) -> list[Traffic]:
-    """Everything but counters and norms (`other`), for one rank of a pipeline rank's share."""
+def traffic(job: Job, share: Share, domain: int = 1) -> list[Traffic]:
+    """Everything but counters and norms (`other`), for one rank of a pipeline rank's share.
+
+    Args:
+        domain: GPUs of an NVLink domain.
+    """
     layout = job.layout
     layers = [layer for piece in share.pieces for layer in layers_of(job.parallel, piece)]
     layers += layers_of(job.parallel, share.mtp, mtp=True) * share.mtp_depths
@@ -39,7 +43,7 @@ def traffic(job: Job, share: Share) -> list[Traffic]:
     two_optimizers = own.experts and (layout.ep > 1 or layout.tp > 1)
     gathers = 2 if two_optimizers and not job.parallel.overlap_param_gather else 1
     found = [
-        *_expert_traffic(job, layers),
+        *_expert_traffic(job, layers, domain),
         Traffic("tensor", layout.tp, _tensor(job, share, layers) * steps),
         Traffic("context", layout.tp * layout.cp, _context(job, layers) * steps),
         Traffic("pipeline", layout.world_size, _pipeline(job, share) * steps),
@@ -51,10 +55,11 @@ def traffic(job: Job, share: Share) -> list[Traffic]:
     return [x for x in found if x.bytes > 0]
 
 
-def _expert_traffic(job: Job, layers: Sequence[Layer]) -> list[Traffic]:
+def _expert_traffic(job: Job, layers: Sequence[Layer], domain: int) -> list[Traffic]:
     """Of all MoE layers: k rows of width l a token to the other expert-parallel ranks and back,
     once more backward; probabilities in FP32. The all-gather dispatcher sends every token to
-    every rank instead, and reduces in FP32."""
+    every rank instead, and reduces in FP32. DeepEP and HybridEP (flex) send a token once to every
+    other NVLink domain that has experts of it, and there once to every such rank."""
     layout, k = job.layout, job.model.moe_router_topk
     span = layout.ep * layout.etp
     passes = job.layout.num_microbatches * sum(
@@ -62,6 +67,14 @@ def _expert_traffic(job: Job, layers: Sequence[Layer]) -> list[Traffic]:
         for layer in layers
         if layer.symbol == "E"
     )
+    if job.parallel.moe_token_dispatcher_type == "flex":
+        row = job.split_tokens * (job.width * job.element + 4 * k) * passes
+        inside, domains = min(span, domain), -(-span // domain)
+        return [
+            Traffic(purpose, reach, row * _reached(places, k))
+            for purpose in ("expert_dispatch", "expert_combine")
+            for reach, places in ((inside, span), (span, domains))
+        ]
     if job.parallel.moe_token_dispatcher_type == "allgather":
         rows = job.split_tokens * (span - 1) * job.width
         dispatch, combine = rows * job.element, rows * 4
@@ -76,6 +89,11 @@ def _expert_traffic(job: Job, layers: Sequence[Layer]) -> list[Traffic]:
         Traffic("expert_combine", span, passes * combine),
         Traffic("expert_routing", span, passes * scores),
     ]
+
+
+def _reached(places: int, k: int) -> float:
+    """Places but its own where a token's k experts are, on average."""
+    return (places - 1) * (1 - (1 - 1 / places) ** k)
 
 
 def _replicated(job: Job, share: Share) -> float:
