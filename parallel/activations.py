@@ -230,14 +230,15 @@ def _gradients(job: Job, layer: Layer) -> float:
 
 
 def _losses(job: Job) -> float:
-    """Of one head: logits, or those of a chunk with their gradients, and the weight's gradient
-    over all chunks."""
+    """Of one head: logits. In chunks: logits and their gradients, of the chunk before too, which
+    live until they are replaced; and the weight's gradient over all chunks, in FP32 and as it is
+    returned."""
     model, chunk = job.model, job.parallel.cross_entropy_loss_chunk
     vocabulary = model.vocab_size / job.layout.tp
     if chunk is None:
         return job.tokens * vocabulary * job.element
-    gradient = vocabulary * model.hidden_size * (4 + job.element)
-    return 3 * min(chunk, job.tokens) * vocabulary * job.element + gradient
+    alive = min(4 * chunk, 2 * job.tokens) * vocabulary * job.element
+    return alive + vocabulary * model.hidden_size * (4 + job.element)
 
 
 def _communication(job: Job, symbol: str) -> float:
