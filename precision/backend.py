@@ -8,17 +8,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from precision.policy import BLOCK
+
 STANDINS = str(Path(__file__).with_name("standins"))
 
 
-NATIVE = {"nvfp4": (10, 0), "mxfp8": (10, 0)}
-"""Format -> first compute capability whose tensor cores have it (Blackwell)."""
+NATIVE = (10, 0), (12, 0)
+"""Compute capability from which on, and up to which, both formats can be trained in (Blackwell).
+From 12.0 on Transformer Engine 2.20 refuses MXFP8 (`_compute_mxfp8_support`), and there is no
+instruction that rounds to E2M1 stochastically (PTX `cvt.rs`, of 10.0 and 10.3)."""
 
 
 def needs_emulation(formats: Iterable[str], capability: tuple[int, int]) -> list[str]:
     """The formats that a GPU of this compute capability does not have, on which Transformer
     Engine would refuse them."""
-    return sorted(f for f in set(formats) if capability < NATIVE.get(f, (0, 0)))
+    native = NATIVE[0] <= capability < NATIVE[1]
+    return [] if native else sorted(f for f in set(formats) if f in BLOCK)
 
 
 def install_transformer_engine(emulate: bool = False) -> tuple[str, str]:

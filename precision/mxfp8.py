@@ -14,8 +14,9 @@ is infinite, so that it stays infinite and its neighbours vanish; a NaN makes it
 meets the other.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ normal, finite BF16 number (kernels flush subnormals), and FP32 has room for how
 
 
 def quantize(
-    x: Tensor, layout: Layout, form: ElementFormat = E4M3, splits: Sequence[int] | None = None
+    x: Tensor,
+    layout: Layout,
+    form: ElementFormat = E4M3,
+    splits: Sequence[int] | None = None,
+    reduce: Callable[[Tensor], Any] | None = None,
 ) -> Operand:
     """Quantise a contiguous matrix for a product.
 
@@ -46,6 +51,8 @@ def quantize(
         form: E4M3 or E5M2.
         splits: rows of each of several tensors stacked in x; only checked, for every scale is of
             one block.
+        reduce: makes a number the largest of all ranks' in place, where they gather the values:
+            one that needs FP32 gives it to all, or they would gather different dtypes.
 
     Raises:
         ValueError: x, or a part of it, is not made of whole blocks.
@@ -59,7 +66,10 @@ def quantize(
     biased = (ratio.view(torch.int32) + 0x7FFFFF) >> 23
     low, high = _PLAIN_EXPONENTS
     plain = ((biased >= low) & (biased <= high)) | (largest == 0)
-    if bool(plain.all()):
+    needs_full = (~plain).any().float()
+    if reduce is not None:
+        reduce(needs_full)
+    if not needs_full:
         smallest = (biased.clamp_(min=low) + form.min_exponent << 23).view(torch.float32)
         return Operand(blocks.rounded(x, layout, form, smallest))
     codes = encode_e8m0(ratio, "up")

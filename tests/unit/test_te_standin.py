@@ -388,8 +388,10 @@ def test_an_installed_library_comes_first_unless_its_gpu_lacks_a_format(
     )
 
 
-def test_which_gpus_have_which_formats() -> None:
-    hopper, blackwell = (9, 0), (10, 0)
-    assert needs_emulation({"nvfp4", "mxfp8", "bf16"}, hopper) == ["mxfp8", "nvfp4"]
-    assert needs_emulation({"bf16"}, hopper) == []
-    assert needs_emulation({"nvfp4", "mxfp8"}, blackwell) == []
+@pytest.mark.parametrize(
+    ("capability", "native"), [((9, 0), False), ((10, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_which_gpus_have_which_formats(capability: tuple[int, int], native: bool) -> None:
+    asked = {"nvfp4", "mxfp8", "bf16"}
+    assert needs_emulation(asked, capability) == ([] if native else ["mxfp8", "nvfp4"])
+    assert needs_emulation({"bf16"}, capability) == []

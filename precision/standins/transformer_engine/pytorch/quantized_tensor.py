@@ -17,8 +17,8 @@ class Casting:
     Attributes:
         generator: of stochastic rounding, for quantizers that round so.
         splits: rows of each of several tensors stacked in one; None: it is one tensor.
-        reduce: applied in place to tensor maxima before they are used, where ranks hold parts
-            of one tensor; None: nothing.
+        reduce: makes a tensor the largest of all ranks' in place, where they hold parts of one
+            tensor, before a scale or a dtype is chosen by it; None: nothing.
     """
 
     generator: torch.Generator

@@ -27,9 +27,9 @@ class MXFP8Quantizer(Quantizer):
     def rowwise(self, x: Tensor, casting: Casting) -> Operand:
         """Blocks along the columns, or square."""
         layout = mxfp8.SQUARE if self.square else mxfp8.ROWWISE
-        return mxfp8.quantize(x, layout, self.form, casting.splits)
+        return mxfp8.quantize(x, layout, self.form, casting.splits, casting.reduce)
 
     def columnwise(self, x: Tensor, casting: Casting) -> Operand:
         """Blocks along the rows, or square."""
         layout = mxfp8.SQUARE if self.square else mxfp8.COLUMNWISE
-        return mxfp8.quantize(x, layout, self.form, casting.splits)
+        return mxfp8.quantize(x, layout, self.form, casting.splits, casting.reduce)
