@@ -5,6 +5,7 @@ Megatron opens around it, so what a module computes in depends on the policy alo
 pipeline stage, nor on Megatron's own rules for first, last and MTP layers (policy.md).
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,36 @@ def transformer_fields(
     return fields | {"moe_router_padding_for_quantization": padded}
 
 
+PLAIN = {
+    "NVTE_NVFP4_ROW_SCALED_ACTIVATION": "0",
+    "NVTE_NVFP4_4OVER6": "none",
+    "NVTE_NVFP4_4OVER6_E4M3_USE_256": "all",
+    "NVTE_NVFP4_4OVER6_ERR_MODE": "MAE",
+}
+"""Variants of NVFP4BlockScaling that no key asks for, at the library's defaults."""
+
+VARIANTS = ("backward_override", "row_scaled_activation", "nvfp4_4over6")
+"""Fields of the library's recipes that make another format of one."""
+
+OVERRIDE = "NVTE_BACKWARD_OVERRIDE"
+"""Gradients that are not quantised, whatever the recipe says; off is the variable's absence."""
+
+
+def set_environment(precision: PrecisionConfig) -> None:
+    """Give Transformer Engine's recipes the switches of ours, before the library is imported, and
+    let nothing that was left in the environment change a run."""
+    os.environ.update(environment(precision))
+    os.environ.pop(OVERRIDE, None)
+
+
 def environment(precision: PrecisionConfig) -> dict[str, str]:
-    """Environment variables the recipe needs, to be set before Transformer Engine is imported:
-    Megatron makes its recipes without arguments, so their switches can be reached in no other
-    way. All are given, so that nothing left in the environment changes a run."""
-    return {
-        f"NVTE_NVFP4_{name.upper()}": str(int(getattr(precision, name)))
-        for name in ("disable_rht", "disable_stochastic_rounding", "disable_2d_quantization")
+    """Environment variables of the recipe: Megatron makes the library's without arguments, so
+    their switches can be reached in no other way."""
+    switches = {
+        f"NVTE_NVFP4_DISABLE_{part.upper()}": str(int(getattr(precision, f"disable_{part}")))
+        for part in NVFP4_PARTS
     }
+    return PLAIN | switches
 
 
 def apply_policy(chunks: Sequence["nn.Module"], policy: Policy, consumed_tokens: float = 0) -> None:
@@ -93,14 +116,8 @@ def applied_formats(
         Global name of each module of these chunks -> (format of the policy, format it ran in), as
         `policy.in_full` writes them.
     """
-    formats = {d.gemm.name: d.format for d in policy.at(consumed_tokens)}
-    wanted = {
-        f: in_full(f, policy.disabled) if is_quantized(f) else "bf16" for f in formats.values()
-    }
-    return {
-        name: (wanted[formats[name]], ran_in(module))
-        for name, module in linear_modules(chunks).items()
-    }
+    wanted = policy.wanted(consumed_tokens)
+    return {name: (wanted[name], ran_in(module)) for name, module in linear_modules(chunks).items()}
 
 
 def check_applied(formats: Mapping[str, tuple[str, str]]) -> None:
@@ -128,10 +145,22 @@ def ran_in(module: "nn.Module") -> str:
     recipe: Any = module.fp8_meta["recipe"]  # type: ignore[index]
     if recipe.custom():
         return str(recipe.qfactory.__name__)
+    name = "mxfp8" if recipe.mxfp8() else type(recipe).__name__
     if recipe.nvfp4():
-        # Read by the library when it is imported: it may not be what the run's recipe says.
-        return in_full("nvfp4", [p for p in NVFP4_PARTS if getattr(recipe, f"disable_{p}")])
-    return "mxfp8" if recipe.mxfp8() else type(recipe).__name__
+        # What quantisers are made of; it may not be what the run's recipe says.
+        x, weight = recipe.fp4_quant_fwd_inp, recipe.fp4_quant_fwd_weight
+        grad = recipe.fp4_quant_bwd_grad
+        has = {
+            "rht": x.random_hadamard_transform and grad.random_hadamard_transform,
+            "stochastic_rounding": grad.stochastic_rounding,
+            "2d_quantization": weight.fp4_2d_quantization,
+        }
+        name = in_full("nvfp4", [part for part in NVFP4_PARTS if not has[part]])
+    variants = {key: getattr(recipe, key, None) for key in VARIANTS}
+    odd = [
+        f"{key}={value}" for key, value in variants.items() if value not in (None, False, "none")
+    ]
+    return f"{name} with {', '.join(odd)}" if odd else name
 
 
 def block_formats(precision: PrecisionConfig) -> set[str]:

@@ -13,7 +13,7 @@ from recipes.errors import ConfigError
 
 def nvfp4_backward(role: Any) -> Any:
     """NVFP4 gradients with the transforms and roundings of NVFP4BlockScaling, whose switches
-    come from the environment (precision.apply.environment).
+    come from the environment (precision.apply.set_environment).
 
     Args:
         role: Transformer Engine's QuantizerRole, of which `tensor_type` is read.

@@ -18,6 +18,8 @@ BLOCK = {"nvfp4": 16, "mxfp8": 32}
 each of them in turn, and Transformer Engine's quantisers refuse a remainder
 (NVFP4Quantizer.is_quantizable, MXFP8Quantizer.is_quantizable)."""
 
+EVALUATION = "precision.evaluation"
+"""Key of the format outside training."""
 
 NVFP4_PARTS = ("rht", "stochastic_rounding", "2d_quantization")
 """Parts of the NVFP4 recipe that `disable_...` switches off."""
@@ -70,6 +72,15 @@ class Policy:
         """The formats of the step that starts with so many tokens consumed."""
         return self.after if consumed_tokens >= self.switch_tokens else self.start
 
+    def wanted(self, consumed_tokens: float) -> dict[str, str]:
+        """Global name of each module -> what it runs in during that step, as `in_full` writes it;
+        bf16: not quantised."""
+        formats = {d.gemm.name: d.format for d in self.at(consumed_tokens)}
+        return {
+            name: in_full(f, self.disabled) if is_quantized(f) else "bf16"
+            for name, f in formats.items()
+        }
+
 
 def block_format(name: str) -> str:
     """The number format of a rule's format, or of what a module ran in: nvfp4_backward and
@@ -108,7 +119,8 @@ def resolve(
     switch = precision.switch
     tokens = switch.at_tokens
     if switch.at_fraction is not None:
-        tokens = switch.at_fraction * stage_tokens
+        # To a whole token: in binary 0.55 * 204800 is 112640.00000000001, a step later.
+        tokens = round(switch.at_fraction * stage_tokens)
     after = start
     if tokens is not None:
         key = "precision.switch.rules"
@@ -118,7 +130,7 @@ def resolve(
         else:
             after = _decide(key, read_rules(key, switch.rules, num_layers), gemms)
     if precision.evaluation is not None:
-        _check_meets_some("precision.evaluation", precision.evaluation, (*start, *after))
+        _check_meets_some(EVALUATION, precision.evaluation, (*start, *after))
     disabled = tuple(part for part in NVFP4_PARTS if getattr(precision, f"disable_{part}"))
     switch_tokens = math.inf if tokens is None else tokens
     return Policy(start, after, switch_tokens, precision.evaluation, disabled)
@@ -198,7 +210,7 @@ def check_sizes(policy: Policy, tokens: int) -> None:
     Raises:
         ConfigError: the first module whose weight, or whose activations, do not divide.
     """
-    for key, decision in _formats(policy):
+    for key, decision in every_format(policy):
         if problem := sizes_problem(decision, tokens):
             gemm = decision.gemm
             raise ConfigError(
@@ -209,7 +221,7 @@ def check_sizes(policy: Policy, tokens: int) -> None:
             )
 
 
-def _formats(policy: Policy) -> Iterator[tuple[str, Decision]]:
+def every_format(policy: Policy) -> Iterator[tuple[str, Decision]]:
     """Every format a module ever has, with the key that says so."""
     for decision in policy.start:
         yield f"{decision.rule.key}.format", decision
@@ -219,4 +231,4 @@ def _formats(policy: Policy) -> Iterator[tuple[str, Decision]]:
     if policy.evaluation is not None:
         for decision in (*policy.start, *policy.after):
             if is_quantized(decision.format):
-                yield "precision.evaluation", replace(decision, format=policy.evaluation)
+                yield EVALUATION, replace(decision, format=policy.evaluation)

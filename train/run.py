@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -66,9 +65,9 @@ def in_world(recipe: Recipe, job: Job) -> int:
         return start_ranks(layout.world_size, Path(recipe.run.dir))
 
     from model.backends import install_backends
-    from precision.apply import block_formats, environment
+    from precision.apply import block_formats, set_environment
 
-    os.environ.update(environment(recipe.precision))
+    set_environment(recipe.precision)
     with _library_messages() as messages:
         backends = install_backends(recipe.device, block_formats(recipe.precision))
         validate_recipe(recipe, layout.world_size, backends.device)

@@ -17,6 +17,7 @@ from precision.apply import (
     apply_policy,
     check_applied,
     environment,
+    set_environment,
     transformer_fields,
 )
 from precision.policy import Policy
@@ -130,9 +131,32 @@ def test_ablations_differ_from_the_recipe_in_one_switch(precision):
     changed = [f for f in vars(base) if getattr(base, f) != getattr(other, f)]
     switch = {"nvfp4_no_rht": "disable_rht", "nvfp4_rtn": "disable_stochastic_rounding"}
     assert changed == ["name", switch[precision]]
-    variables = environment(other)
-    assert variables.pop(f"NVTE_NVFP4_{switch[precision].upper()}") == "1"
-    assert set(variables.values()) == {"0"} and len(variables) == 2
+    switches = {k: v for k, v in environment(other).items() if "_DISABLE_" in k}
+    assert switches.pop(f"NVTE_NVFP4_{switch[precision].upper()}") == "1"
+    assert set(switches.values()) == {"0"} and len(switches) == 2
+
+
+def test_what_a_shell_has_left_changes_no_recipe(monkeypatch):
+    """Of the library's variables, in its own names (transformer_engine.common.recipe)."""
+    left = {
+        "NVTE_BACKWARD_OVERRIDE": "high_precision",
+        "NVTE_NVFP4_DISABLE_RHT": "1",
+        "NVTE_NVFP4_ROW_SCALED_ACTIVATION": "1",
+        "NVTE_NVFP4_4OVER6": "all",
+        "NVTE_NVFP4_4OVER6_E4M3_USE_256": "none",
+        "NVTE_NVFP4_4OVER6_ERR_MODE": "MSE",
+    }
+    from transformer_engine.common.recipe import MXFP8BlockScaling, NVFP4BlockScaling
+
+    with monkeypatch.context() as clean:
+        for variable in left:
+            clean.delenv(variable, raising=False)
+        wanted = [NVFP4BlockScaling(), MXFP8BlockScaling()]
+    for variable, value in left.items():
+        monkeypatch.setenv(variable, value)
+    assert wanted[0] != NVFP4BlockScaling() and wanted[1] != MXFP8BlockScaling()
+    set_environment(recipe("tiny", "nvfp4").precision)
+    assert wanted == [NVFP4BlockScaling(), MXFP8BlockScaling()]
 
 
 # Rules
@@ -308,6 +332,8 @@ def test_switch_at_a_share_of_the_stage():
     of = tiny("precision=nvfp4", "precision.switch={to: mxfp8, at_fraction: 0.82}")
     of.stage.train_steps, of.stage.train_tokens = None, 1e12
     assert math.isclose(policy_of(of).switch_tokens, 0.82e12)
+    of.precision.switch.at_fraction, of.stage.train_tokens = 0.55, 204_800
+    assert policy_of(of).switch_tokens == 112_640, "of the step that starts with as many"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Megatron's own contexts, in the decoder and in MTP, in training and in validatio
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -296,3 +297,25 @@ def test_switched_off_parts_are_told(
     assert found["decoder.layers.0.mixer.in_proj"] == (f"nvfp4 without {without}",) * 2
     with pytest.raises(PrecisionError, match=f"nvfp4 without {without} instead of nvfp4"):
         check_applied(applied_formats([model], policy_of(tiny("precision=nvfp4"))))
+
+
+@pytest.mark.parametrize(
+    ("precision", "change", "told"),
+    [
+        ("nvfp4", {"fp4_quant_bwd_grad": None}, "nvfp4 without rht, stochastic_rounding"),
+        ("nvfp4", {"backward_override": "high_precision"}, "nvfp4 with backward_override="),
+        ("nvfp4", {"nvfp4_4over6": "all"}, "nvfp4 with nvfp4_4over6=all"),
+        ("mxfp8", {"backward_override": "dequantized"}, "mxfp8 with backward_override="),
+    ],
+)
+def test_a_recipe_of_the_library_that_is_another_is_told(
+    precision: str, change: dict[str, Any], told: str
+) -> None:
+    from transformer_engine.common import recipe as library
+
+    recipe = {"nvfp4": library.NVFP4BlockScaling, "mxfp8": library.MXFP8BlockScaling}[precision]()
+    module: Any = SimpleNamespace(fp8=True, fp8_meta={"recipe": recipe})
+    assert ran_in(module) == precision
+    for name, value in change.items():
+        setattr(recipe, name, library.QParams() if value is None else value)
+    assert ran_in(module).startswith(told)

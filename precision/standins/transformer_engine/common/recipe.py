@@ -37,6 +37,11 @@ def _switch(variable: str) -> Any:
     return field(default_factory=lambda: os.getenv(variable, "0") == "1")
 
 
+def _setting(variable: str, default: str) -> Any:
+    """A field that is what the environment variable says."""
+    return field(default_factory=lambda: os.getenv(variable, default))
+
+
 @dataclass(kw_only=True)
 class Recipe:
     """Base of every recipe."""
@@ -125,26 +130,26 @@ class NVFP4BlockScaling(Recipe):
     disable_stochastic_rounding: bool = _switch("NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING")
     disable_2d_quantization: bool = _switch("NVTE_NVFP4_DISABLE_2D_QUANTIZATION")
     row_scaled_activation: bool = _switch("NVTE_NVFP4_ROW_SCALED_ACTIVATION")
-    nvfp4_4over6: str = field(default_factory=lambda: os.getenv("NVTE_NVFP4_4OVER6", "none"))
+    nvfp4_4over6: str = _setting("NVTE_NVFP4_4OVER6", "none")
+    nvfp4_4over6_e4m3_use_256: str = _setting("NVTE_NVFP4_4OVER6_E4M3_USE_256", "all")
+    nvfp4_4over6_err_mode: str = _setting("NVTE_NVFP4_4OVER6_ERR_MODE", "MAE")
     fp4_format: Format = Format.E2M1
     fp8_format: Format = Format.E4M3
     fp8_dpa: bool = False
     fp8_mha: bool = False
+    fp4_quant_fwd_inp: QParams = field(init=False)
+    """Of activations. These three may be replaced afterwards, as the library's may."""
+    fp4_quant_fwd_weight: QParams = field(init=False)
+    """Of weights."""
+    fp4_quant_bwd_grad: QParams = field(init=False)
+    """Of gradients."""
 
-    @property
-    def fp4_quant_fwd_inp(self) -> QParams:
-        """Of activations."""
-        return QParams(random_hadamard_transform=not self.disable_rht)
-
-    @property
-    def fp4_quant_fwd_weight(self) -> QParams:
-        """Of weights."""
-        return QParams(fp4_2d_quantization=not self.disable_2d_quantization)
-
-    @property
-    def fp4_quant_bwd_grad(self) -> QParams:
-        """Of gradients."""
-        return QParams(
+    def __post_init__(self) -> None:
+        assert self.fp4_format == Format.E2M1, f"NVFP4 has E2M1 elements, not {self.fp4_format}"
+        assert self.fp8_format == Format.E4M3, f"NVFP4 has E4M3 scales, not {self.fp8_format}"
+        self.fp4_quant_fwd_inp = QParams(random_hadamard_transform=not self.disable_rht)
+        self.fp4_quant_fwd_weight = QParams(fp4_2d_quantization=not self.disable_2d_quantization)
+        self.fp4_quant_bwd_grad = QParams(
             random_hadamard_transform=not self.disable_rht,
             stochastic_rounding=not self.disable_stochastic_rounding,
         )
