@@ -43,7 +43,7 @@ class Layout:
 
     def compact(self, per_block: Tensor) -> Tensor:
         """One number a block, as `amax` gives it -> [rows / height, columns / width]."""
-        return per_block.reshape(per_block.shape[0], -1)
+        return per_block.flatten(1)
 
     def check(self, x: Tensor, name: str) -> None:
         """Check that x is a matrix of whole blocks, both ways: the library wants that of either

@@ -1,12 +1,13 @@
 """NVFP4 against blocks worked by hand, its definition in float64, and NVIDIA's own reference."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from precision import hadamard, nvfp4
+from precision import hadamard, mxfp8, nvfp4
 from precision.blocks import Layout
 from precision.formats import E2M1, decode, unpack_nibbles
 from precision.operand import product, scales
@@ -86,6 +87,14 @@ def test_against_the_definition(layout: Layout, dtype: torch.dtype) -> None:
     assert torch.equal(nvfp4.unpack(packed).values, found.values)
     again = nvfp4.pack(nvfp4.dequantize(packed), layout)
     assert torch.equal(nvfp4.dequantize(again), nvfp4.dequantize(packed))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 0)])
+@pytest.mark.parametrize("form", [nvfp4, mxfp8])
+def test_matrices_without_elements(form: Any, shape: tuple[int, int]) -> None:
+    for layout in (form.ROWWISE, form.COLUMNWISE, form.SQUARE):
+        assert form.quantize(torch.zeros(shape), layout).values.shape == shape
+        assert form.dequantize(form.pack(torch.zeros(shape), layout)).shape == shape
 
 
 def test_square_blocks_serve_both_directions() -> None:

@@ -314,6 +314,12 @@ def test_custom_recipe() -> None:
     for actual, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
     assert layer.quantized_with == "hybrid_factory"
+    seen: list[str] = []
+    layer.observer = lambda module, role, before, after: seen.append(role)
+    run(layer, x, g, recipe)
+    assert sorted(seen) == [
+        *("grad_output", "grad_output_columnwise", "input_columnwise", "weight_columnwise")
+    ], "what is left as it is, is not observed"
     again = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.float32, name="four")
     again.weight.data.copy_(w)
     plain = RECIPES["nvfp4 no rht"]()
@@ -361,10 +367,27 @@ def test_refused_factories() -> None:
         te.NVFP4Quantizer(nvfp4_use_4over6=True)
 
 
-def test_without_tokens() -> None:
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("tokens", [(0,), (0, 4), (16, 0)])
+def test_without_tokens(name: str, tokens: tuple[int, ...]) -> None:
     layer = te.Linear(64, 32, bias=False, params_dtype=torch.bfloat16)
-    x = torch.zeros(0, 64, dtype=torch.bfloat16, requires_grad=True)
-    with te.autocast(recipe=recipes.NVFP4BlockScaling()):
+    x = torch.zeros(*tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+    with te.autocast(recipe=RECIPES[name]()):
         y = layer(x)
     y.sum().backward()
-    assert y.shape == (0, 32) and (layer.weight.grad == 0).all()
+    assert y.shape == (*tokens, 32) and (layer.weight.grad == 0).all()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_parts_of_the_recipe_can_be_replaced() -> None:
+    x, w, g = data(torch.bfloat16)
+    layer = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16)
+    layer.weight.data.copy_(w)
+    recipe = recipes.NVFP4BlockScaling(**NEAREST)
+    run(layer, x, g, recipe)
+    recipe.fp4_quant_fwd_inp = recipe.fp4_quant_bwd_grad = recipes.QParams()
+    wanted = run(layer, x, g, RECIPES["nvfp4 no rht"]())
+    assert all(map(torch.equal, run(layer, x, g, recipe), wanted))
+    for form in ({"fp4_format": recipes.Format.E4M3}, {"fp8_format": recipes.Format.E5M2}):
+        with pytest.raises(AssertionError, match="NVFP4 has"):
+            recipes.NVFP4BlockScaling(**form)

@@ -27,9 +27,9 @@ from .quantization import Quantizers
 from .quantized_tensor import Casting, Quantizer
 
 Observer = Callable[[str, Tensor, Tensor], None]
-"""Called with a tensor's role, what was quantized, and the FP32 values it became. Roles: "input",
-"weight", "grad_output"; with "_columnwise" appended for the operand that has blocks along the
-rows, whose transform, if there is one, is what was quantized."""
+"""Called with a tensor's role, what was quantized, and the FP32 values it became, but not for what
+was left as it is. Roles: "input", "weight", "grad_output"; with "_columnwise" appended for the
+operand that has blocks along the rows, whose transform, if there is one, is what was quantized."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class Plan:
         """Whether the tokens of this rank are a part of those of the products."""
         return self.sequence_parallel and self.mode == mode
 
+    def leading(self, shape: Sequence[int]) -> list[int]:
+        """All dimensions but the last of the products' tokens, of a rank's input of a shape."""
+        found = list(shape[:-1])
+        if self.gathers("column"):
+            found[0] *= comm.group_size(self.group)
+        return found
+
     def shared(self, mode: str) -> Casting:
         """The casting of a tensor whose tokens are spread over the ranks in `mode`."""
         if not self.gathers(mode):
@@ -83,7 +90,7 @@ def rowwise(
 ) -> Operand:
     """The operand with blocks along the columns."""
     made = quantizer.rowwise(x, casting)
-    if observer is not None:
+    if observer is not None and made.values is not x:
         observer(role, x, _dequantized(made, casting.splits))
     return made
 
@@ -94,7 +101,7 @@ def columnwise(
     """The operand with blocks along the rows."""
     source = quantizer.columnwise_input(x)
     made = quantizer.columnwise(source, casting)
-    if observer is not None:
+    if observer is not None and made.values is not source:
         observer(f"{role}_columnwise", source, _dequantized(made, casting.splits))
     return made
 
@@ -219,7 +226,7 @@ class QuantizedProducts(torch.autograd.Function):
         left = _gathered(left, plan, "column")
         rights = [_transposed(w.rowwise) for w in plan.weights]
         y = _rows(left, rights, plan.splits, x.dtype)
-        y = y.view(-1, *x.shape[1:-1], y.shape[-1])
+        y = y.view(*plan.leading(x.shape), y.shape[-1])
         if plan.mode == "row" and plan.group is not None:
             reduce = comm.reduce_scatter_sequence if plan.sequence_parallel else comm.all_reduce
             y = reduce(y, plan.group)
@@ -245,7 +252,7 @@ class QuantizedProducts(torch.autograd.Function):
             left = _gathered(left, plan, "row")
             rights = [w.columnwise for w in plan.weights]
             dx = _rows(left, rights, plan.splits, ctx.dtype)
-            dx = dx.view(-1, *ctx.x_shape[1:])
+            dx = dx.view(*plan.leading(ctx.x_shape), dx.shape[-1])
             if plan.mode == "column" and plan.group is not None:
                 scatter = plan.sequence_parallel
                 reduce = comm.reduce_scatter_sequence if scatter else comm.all_reduce

@@ -30,8 +30,8 @@ class Quantizer:
     """Makes operands of products from contiguous matrices.
 
     Like the real library it can make two of a matrix: row-wise, for products over its columns,
-    and column-wise, for products over its rows. A factory of CustomRecipe may return any object
-    with these members.
+    and column-wise, for products over its rows. A factory of CustomRecipe may return a
+    subclass of one's own; the library's reference quantizers, whose members are others, are none.
 
     Attributes:
         square: both are the same (blocks are square).
