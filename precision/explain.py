@@ -10,7 +10,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from precision.policy import Decision, Policy, block_format, is_quantized, sizes_problem
+from precision.policy import (
+    EVALUATION,
+    Decision,
+    Policy,
+    block_format,
+    every_format,
+    is_quantized,
+    sizes_problem,
+)
 from recipes.compose import run_cli
 from recipes.schema import PrecisionConfig, Recipe
 from recipes.tables import table
@@ -40,7 +48,7 @@ def main(recipe: Recipe) -> int:
         f"{layout.tp}, of experts: {layout.etp}\n"
     )
     print(explain(recipe.precision, policy, _rest(recipe, policy), tokens))
-    return int(any(sizes_problem(d, tokens) for d in (*policy.start, *policy.after)))
+    return int(any(sizes_problem(d, tokens) for _, d in every_format(policy)))
 
 
 def explain(precision: PrecisionConfig, policy: Policy, rest: Sequence[Rest], tokens: int) -> str:
@@ -56,7 +64,7 @@ def explain(precision: PrecisionConfig, policy: Policy, rest: Sequence[Rest], to
         _modules(policy.start, dtype, tokens),
         _operands(precision, policy),
         _shares(policy.start, rest, dtype),
-        f"validation: {_evaluation(policy, dtype)}",
+        f"validation: {_evaluation(policy, dtype, tokens)}",
     ]
     if policy.switch_tokens < math.inf:
         sections += [
@@ -206,10 +214,15 @@ def _shares(decisions: Sequence[Decision], rest: Sequence[Rest], dtype: str) -> 
     return table(rows, left=(0,))
 
 
-def _evaluation(policy: Policy, dtype: str) -> str:
+def _evaluation(policy: Policy, dtype: str, tokens: int) -> str:
     if policy.evaluation is None:
         return "as in training"
-    return f"quantised modules run in {products(policy.evaluation, dtype)[0]}"
+    lines = [f"quantised modules run in {products(policy.evaluation, dtype)[0]}"]
+    used = [d for key, d in every_format(policy) if key == EVALUATION]
+    # A module of each kind has the sizes of all.
+    problems = {(d.gemm.module, sizes_problem(d, tokens)) for d in used}
+    lines += [f"  {module}: {problem}" for module, problem in sorted(problems) if problem]
+    return "\n".join(lines)
 
 
 def _switch(policy: Policy, dtype: str) -> str:

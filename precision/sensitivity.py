@@ -16,7 +16,10 @@ from recipes.compose import run_cli
 from recipes.schema import PrecisionConfig, Recipe
 
 PUBLISHED_SHARE = 0.15
-"""Share of the layers, counted from the end, that the published recipe protects."""
+"""Share of the layers, counted from the end, that the published recipe protects, rounded up."""
+
+PUBLISHED_LAYERS = {108: 16}
+"""Layers of a model -> those it protects where that is published and another number: Ultra's."""
 
 PRODUCTS = 3
 """Products of a training step with a weight: forward and two gradients, alike in FLOPs."""
@@ -62,7 +65,8 @@ def ranked(effects: Iterable[Effect]) -> list[Effect]:
 
 def published(effects: Iterable[Effect], num_layers: int) -> list[Effect]:
     """Those that the last-15 % rule protects."""
-    first = num_layers - math.ceil(round(PUBLISHED_SHARE * num_layers, 9))
+    share = math.ceil(round(PUBLISHED_SHARE * num_layers, 9))
+    first = num_layers - PUBLISHED_LAYERS.get(num_layers, share)
     return [e for e in effects if (e.decision.gemm.layer or 0) >= first]
 
 

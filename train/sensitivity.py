@@ -169,7 +169,8 @@ class Probe:
         from precision.apply import applied_formats, apply_policy, check_applied
         from train.step import reduce_losses, run_schedule
 
-        policy = replace(self.policy, start=decisions, after=decisions)
+        # Measured in the formats of training: validation's own would stand in for them here.
+        policy = replace(self.policy, start=decisions, after=decisions, evaluation=None)
         apply_policy(self.chunks, policy)
         iterators, reports = [iter(batches) for _ in self.chunks], []
         count, stage = self._microbatches, self.recipe.stage

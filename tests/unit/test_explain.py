@@ -102,6 +102,15 @@ def test_validation_format(capsys):
     assert "validation: quantised modules run in bf16" in text
 
 
+def test_sizes_of_the_validation_format_are_shown_and_fail(capsys):
+    """656 rows divide into NVFP4's blocks, not into those of MXFP8."""
+    sizes = ("model.mamba_num_heads=16", "model.mamba_head_dim=16")
+    chosen = ("experiment=tiny", "precision=nvfp4", *sizes)
+    assert "validation: as" in explained(capsys, *chosen)
+    text = explained(capsys, *chosen, "precision.evaluation=mxfp8", code=1)
+    assert "modules run in mxfp8\n  mixer.in_proj: 656 rows % 32 = 16" in text
+
+
 def test_fp32_is_called_fp32(capsys):
     text = tiny(capsys, "precision=nvfp4", "precision.params_dtype=fp32")
     assert "bf16" not in text.partition("\nmodule")[2] and "fp32     fp32       fp32" in text

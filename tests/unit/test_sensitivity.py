@@ -84,7 +84,7 @@ def test_greedy_is_near_the_best_of_all_subsets() -> None:
         assert best <= cost <= best + max(e.flops for e in order)
 
 
-@pytest.mark.parametrize(("layers_", "first"), [(88, 74), (108, 91), (52, 44), (9, 7), (20, 17)])
+@pytest.mark.parametrize(("layers_", "first"), [(88, 74), (108, 92), (52, 44), (9, 7), (20, 17)])
 def test_published_rule(layers_: int, first: int) -> None:
     effects = [effect(i, 1, 0.1) for i in range(layers_)]
     assert layers(published(effects, layers_)) == list(range(first, layers_))
