@@ -26,6 +26,11 @@ def needs_emulation(formats: Iterable[str], capability: tuple[int, int]) -> list
     return [] if native else sorted(f for f in set(formats) if f in BLOCK)
 
 
+def is_installed() -> bool:
+    """Whether the real Transformer Engine is; asked before the stand-in is registered."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
 def install_transformer_engine(emulate: bool = False) -> tuple[str, str]:
     """Register the stand-in if the real Transformer Engine is not installed, or shall not be used.
 
@@ -35,7 +40,7 @@ def install_transformer_engine(emulate: bool = False) -> tuple[str, str]:
     Returns:
         ("real" | "stand-in", version), for the start-up table.
     """
-    missing = importlib.util.find_spec("transformer_engine") is None
+    missing = not is_installed()
     if emulate and not missing and "transformer_engine" not in sys.modules:
         sys.path.insert(0, STANDINS)
         importlib.invalidate_caches()

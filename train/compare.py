@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.validate import validate_recipe
+from precision.apply import block_formats
+from precision.backend import is_installed
+from precision.policy import is_quantized
 from recipes.compose import choices, load_recipe, quoted, run_cli, split_arguments
 from recipes.errors import ConfigError, StrataError
 from recipes.rules import one_of
@@ -38,6 +41,11 @@ EXIT_FAILED = 1
 
 DECIDED_HERE = ("run.dir", "run.seed")
 """Overrides that every arm has a value of its own for, besides what is compared."""
+
+
+WATCHED = 4
+"""Steps of an arm that precision telemetry sees, unless logging.precision_interval says how often.
+It sees the emulated Transformer Engine alone."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def main(recipe: Recipe) -> int:
         default = f"compare-{recipe.model.name}"
     folder = Path(recipe.run.dir) if "run.dir" in given else Path("runs") / default
     if not folders:
-        arms = plan(recipe, arguments, folder)
+        watched = {"logging.precision_interval", "logging"}.isdisjoint(given) and not is_installed()
+        arms = plan(recipe, arguments, folder, watched)
         code = train_arms(arms)
         if code != EXIT_COMPLETE:
             return code
@@ -102,8 +111,11 @@ def main(recipe: Recipe) -> int:
     return EXIT_COMPLETE if comparison.passed else EXIT_FAILED
 
 
-def plan(recipe: Recipe, arguments: list[str], folder: Path) -> list[Arm]:
+def plan(recipe: Recipe, arguments: list[str], folder: Path, watched: bool = False) -> list[Arm]:
     """The arms, each checked before the first one is trained; the baseline's come first.
+
+    Args:
+        watched: those that quantise have their precision telemetry, a few times.
 
     Raises:
         ConfigError: nothing to compare, a launcher, or an arm that cannot be trained.
@@ -149,7 +161,10 @@ def plan(recipe: Recipe, arguments: list[str], folder: Path) -> list[Arm]:
                 )
             validate_recipe(planned)
             rundir.check(planned)
-            arms.append(Arm(name, where, [*place, *common, *own], train_steps(planned.stage)))
+            steps = train_steps(planned.stage)
+            if watched and any(map(is_quantized, block_formats(planned.precision))):
+                own.append(f"logging.precision_interval={max(1, steps // WATCHED)}")
+            arms.append(Arm(name, where, [*place, *common, *own], steps))
     return arms
 
 

@@ -38,6 +38,11 @@ class Pair:
     base: FinishedRun
 
     @property
+    def one_side(self) -> bool:
+        """Whether both have one precision and model: something else is compared."""
+        return all(self.arm.part(side) == self.base.part(side) for side in SIDES)
+
+    @property
     def unpaired(self) -> list[str]:
         """Why they may differ in more than what is compared; empty: proved that they do not."""
         return finished.unpaired(self.arm, self.base)
@@ -100,20 +105,6 @@ class Arm:
     cost: Cost
     verdict: Verdict
 
-    def flushed(self) -> dict[str, dict[str, float]]:
-        """Tensor -> module -> share of its non-zero values that became zero, mean over what
-        telemetry saw; empty without telemetry."""
-        seen: dict[str, dict[str, list[float]]] = {}
-        for line in (line for pair in self.pairs for line in pair.arm.telemetry):
-            if line.get("flushed") is not None:
-                seen.setdefault(line["tensor"], {}).setdefault(line["module"], []).append(
-                    line["flushed"]
-                )
-        return {
-            tensor: {module: sum(v) / len(v) for module, v in modules.items()}
-            for tensor, modules in seen.items()
-        }
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -135,12 +126,32 @@ class Comparison:
         """Whether every arm passes."""
         return all(arm.verdict.passed for arm in self.arms)
 
+    @property
+    def runs(self) -> dict[str, list[FinishedRun]]:
+        """Baseline, then arms -> their runs."""
+        arms = {arm.name: [pair.arm for pair in arm.pairs] for arm in self.arms}
+        return {self.base_name: self.base} | arms
+
+    def flushed(self, name: str) -> dict[str, dict[str, float]]:
+        """Of the baseline or an arm: tensor -> module -> share of its non-zero values that became
+        zero, mean over what telemetry saw; empty without telemetry."""
+        seen: dict[str, dict[str, list[float]]] = {}
+        for line in (line for run in self.runs[name] for line in run.telemetry):
+            if line.get("flushed") is not None:
+                seen.setdefault(line["tensor"], {}).setdefault(line["module"], []).append(
+                    line["flushed"]
+                )
+        return {
+            tensor: {module: sum(v) / len(v) for module, v in modules.items()}
+            for tensor, modules in seen.items()
+        }
+
 
 def compare(runs: Sequence[FinishedRun], budget: float) -> Comparison:
-    """Compare runs; the first, and those of its precision and model, are the baseline.
+    """Compare runs; the first, and those that differ from it in the seed alone, are the baseline.
 
-    Runs with the same precision and model are one arm with several seeds. If all have the same,
-    each run but the first is an arm, so that seeds, data or anything else can be compared.
+    Runs that differ in nothing but the seed are one arm. If all are such, each run but the first
+    is an arm, so that seeds can be compared.
 
     Args:
         budget: relative loss gap that still passes.
@@ -163,7 +174,10 @@ def compare(runs: Sequence[FinishedRun], budget: float) -> Comparison:
             f"{base[0].folder} is too short to judge its last quarter; train at least 4 steps"
         )
     noise = _noise(base, masks)
-    arms = [_arm(name, _pairs(group, base), masks, noise, budget) for name, group in others.items()]
+    arms = [
+        _arm(name, _pairs(group, base), runs, masks, noise, budget)
+        for name, group in others.items()
+    ]
     models = model_facts({base_name: base[0]} | {name: g[0] for name, g in others.items()})
     return Comparison(base_name, base, parts, noise, budget, arms, models)
 
@@ -174,7 +188,7 @@ def _groups(
     """The baseline's name and runs, and name -> runs of each arm."""
     groups: list[list[FinishedRun]] = []
     for run in runs:
-        group = next((g for g in groups if all(g[0].part(s) == run.part(s) for s in SIDES)), None)
+        group = next((g for g in groups if finished.seeds_of_one(g[0], run)), None)
         if group is None:
             groups.append([run])
         else:
@@ -213,6 +227,7 @@ def _noise(base: Sequence[FinishedRun], masks: dict[str, Mask]) -> dict[str, flo
 def _arm(
     name: str,
     pairs: list[Pair],
+    runs: Sequence[FinishedRun],
     masks: dict[str, Mask],
     noise: dict[str, float | None],
     budget: float,
@@ -231,7 +246,7 @@ def _arm(
         mtp=[over("mtp_loss", depth) for depth in range(pairs[0].base.mtp_depths)],
         held_out=held_out,
         cost=_cost(pairs, masks[LAST]),
-        verdict=_verdict(pairs, training[LAST], held_out[LAST], noise, budget),
+        verdict=_verdict(pairs, runs, training[LAST], held_out[LAST], noise, budget),
     )
 
 
@@ -261,6 +276,7 @@ def _cost(pairs: Sequence[Pair], last: Mask) -> Cost:
 
 def _verdict(
     pairs: Sequence[Pair],
+    runs: Sequence[FinishedRun],
     training: Estimate | None,
     held_out: Estimate | None,
     noise: dict[str, float | None],
@@ -271,7 +287,7 @@ def _verdict(
     measure = TRAINING if alike or held_out is None else HELD_OUT
     gap = training if measure == TRAINING else held_out
     tolerance = 0.0 if alike else _seed_tolerance(pairs, [training, held_out])
-    failures = [reason for pair in pairs for reason in _failures(pair)]
+    failures = [reason for pair in pairs for reason in _failures(pair, runs)]
     if gap is None:
         failures.append(f"there is no {measure} in the {LAST} of the run")
     elif gap.mean - tolerance >= budget:
@@ -303,33 +319,45 @@ def _seed_tolerance(pairs: Sequence[Pair], gaps: Sequence[Estimate | None]) -> f
     Runs of one precision have no format to accept or refuse: they fail if they are surely apart.
     An arm of another precision or model is not helped by a noisy comparison.
     """
-    if any(p.arm.part(side) != p.base.part(side) for p in pairs for side in SIDES):
+    if not all(pair.one_side for pair in pairs):
         return 0.0
     return 2 * max((g.error for g in gaps if g is not None and g.error is not None), default=0.0)
 
 
-def _failures(pair: Pair) -> list[str]:
-    """What fails a pair whatever its gap is."""
+def _failures(pair: Pair, runs: Sequence[FinishedRun]) -> list[str]:
+    """What fails a pair whatever its gap is.
+
+    Args:
+        runs: all that are compared.
+    """
     failures = finished.format_failures(pair.base) + finished.format_failures(pair.arm)
     for run in (pair.base, pair.arm):
         if bad := [str(step) for step in run.bad_steps()]:
             failures.append(
                 f"{run.folder}: loss or gradient was not finite at step {finished.shortened(bad)}"
             )
-    if pair.arm.claims_quantized() and finished.same_losses(pair.arm, pair.base):
-        failures.append(
-            f"{pair.arm.folder} has exactly the losses of {pair.base.folder} in every step: its "
-            f"precision={pair.arm.precision} was ignored"
-        )
+    for other in runs:
+        if finished.must_differ(pair.arm, other) and finished.same_losses(pair.arm, other):
+            claims = [r.precision for r in (pair.arm, other) if r.claims_quantized()]
+            failures.append(
+                f"{pair.arm.folder} has exactly the losses of {other.folder} in every step: "
+                f"precision={' or '.join(claims)} was ignored"
+            )
+    if not pair.one_side and (why := pair.unpaired):
+        failures.append(f"{_not_paired(pair, why)}; the gap may be of that: train both alike")
     return failures
+
+
+def _not_paired(pair: Pair, why: Sequence[str]) -> str:
+    return f"not paired ({pair.arm.folder}, {pair.base.folder}): {'; '.join(why)}"
 
 
 def _notes(pairs: Sequence[Pair], gap: Estimate | None, budget: float) -> list[str]:
     """What a reader must know to weigh the verdict."""
     notes = []
     for pair in pairs:
-        if why := pair.unpaired:
-            notes.append(f"not paired ({pair.arm.folder}, {pair.base.folder}): {'; '.join(why)}")
+        if pair.one_side and (why := pair.unpaired):
+            notes.append(_not_paired(pair, why))
     if gap is None:
         return notes
     if gap.error is None:

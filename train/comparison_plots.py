@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recipes.stages import tokens_after_steps
-from train.comparison import Arm, Comparison
+from train.comparison import Comparison
 from train.finished import FinishedRun
 from train.gaps import LAST, Series, smooth
 
@@ -17,8 +17,8 @@ SHADES = {"early": "0.88", "stable": "1.0", "decay": "0.94"}
 
 
 def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw plots/loss_gap.png, plots/loss.png, and plots/flushed-ARM.png of each arm with
-    telemetry.
+    """Draw plots/loss_gap.png, plots/loss.png, and plots/flushed-NAME.png of the baseline
+    and each arm with telemetry.
 
     Returns:
         The pictures, in the order to show them.
@@ -31,10 +31,10 @@ def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         _gaps(comparison, folder / "loss_gap.png"),
         _losses(comparison, folder / "loss.png"),
     ]
-    for arm in comparison.arms:
-        if flushed := arm.flushed():
-            name = re.sub(r"\W+", "-", arm.name)
-            paths.append(_heat_map(arm, flushed, folder / f"flushed-{name}.png"))
+    for name in comparison.runs:
+        if flushed := comparison.flushed(name):
+            file = f"flushed-{re.sub(r'\W+', '-', name)}.png"
+            paths.append(_heat_map(name, flushed, folder / file))
     return paths
 
 
@@ -71,9 +71,7 @@ def _losses(comparison: Comparison, path: Path) -> Path:
     """Smoothed training losses, held-out losses as dots; mean over the runs of each arm."""
     figure, axes = _figure(comparison)
     x, width = _tokens(comparison.base[0])
-    groups: dict[str, list[FinishedRun]] = {comparison.base_name: comparison.base}
-    groups |= {arm.name: [pair.arm for pair in arm.pairs] for arm in comparison.arms}
-    for i, (name, runs) in enumerate(groups.items()):
+    for i, (name, runs) in enumerate(comparison.runs.items()):
         # The first arm has the first colour in every picture; the baseline is black.
         color = "black" if i == 0 else f"C{i - 1}"
         loss = smooth(_mean(runs, "loss"), width)
@@ -95,7 +93,7 @@ def _mean(runs: Sequence[FinishedRun], key: str) -> Series:
     return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
-def _heat_map(arm: Arm, flushed: dict[str, dict[str, float]], path: Path) -> Path:
+def _heat_map(name: str, flushed: dict[str, dict[str, float]], path: Path) -> Path:
     """Module kinds x layers, one panel a tensor."""
     import matplotlib.pyplot as plt
 
@@ -111,8 +109,8 @@ def _heat_map(arm: Arm, flushed: dict[str, dict[str, float]], path: Path) -> Pat
     for axes, (tensor, values) in zip(panels[:, 0], sorted(flushed.items()), strict=True):
         shares = np.full((len(kinds), len(places)), np.nan)
         for module, share in values.items():
-            place, name = kind(module)
-            shares[kinds.index(name), places.index(place)] = 100 * share
+            place, inner = kind(module)
+            shares[kinds.index(inner), places.index(place)] = 100 * share
         image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=100 * top)
         axes.set_facecolor("0.92")
         axes.set_xticks(range(len(places)), places, fontsize=8)
@@ -120,7 +118,7 @@ def _heat_map(arm: Arm, flushed: dict[str, dict[str, float]], path: Path) -> Pat
         axes.set_title(tensor, fontsize=10)
     panels[-1, 0].set_xlabel("layer (grey: not quantised, or not there)")
     figure.colorbar(image, ax=panels[:, 0].tolist(), label="non-zero values flushed to zero (%)")
-    figure.suptitle(arm.name, fontsize=11)
+    figure.suptitle(name, fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

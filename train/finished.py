@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf.errors import OmegaConfBaseException
 
-from precision.policy import is_quantized
+from model.gemms import policy_of
+from precision.policy import Policy, is_quantized
 from recipes.errors import ConfigError
 from recipes.schema import LengthConfig, ModelConfig, OptimizerConfig, Recipe, StageConfig
-from recipes.stages import train_steps
+from recipes.stages import saved_recipe, train_steps
 from train.gaps import Series
 from train.metrics import MetricsFile
 from train.rundir import NOT_LEARNING, flat
@@ -81,6 +83,21 @@ class FinishedRun:
         """Its optimizer."""
         return OptimizerConfig(**_known(OptimizerConfig, self.config["optimizer"]))
 
+    @cached_property
+    def policy(self) -> Policy | None:
+        """What its recipe asks for, worked out anew, whatever the run says that it was asked for;
+        None: a recipe that is not read any more."""
+        try:
+            return policy_of(saved_recipe(self.config))
+        except (ConfigError, OmegaConfBaseException):
+            return None
+
+    def wanted(self, step: int) -> dict[str, str]:
+        """Module -> what it runs in during a step, counted from 1; only with a policy."""
+        assert self.policy is not None
+        before = self.records[: step - 1]
+        return self.policy.wanted(before[-1]["tokens"] if before else 0)
+
     @property
     def mtp_depths(self) -> int:
         """Multi-token-prediction depths."""
@@ -96,11 +113,13 @@ class FinishedRun:
         return values
 
     def bad_steps(self) -> list[int]:
-        """Steps whose loss or gradient was not finite, with the one the run stopped at."""
+        """Steps whose loss, held-out loss or gradient was not finite, with the one the run stopped
+        at."""
         bad = [
             r["step"]
             for r in self.records
-            if None in (r["loss"], *r["mtp_loss"]) or not r.get("updated", True)
+            if None in (r["loss"], *r["mtp_loss"], r.get("validation_loss", 0.0))
+            or not r.get("updated", True)
         ]
         return bad + (
             [len(self.records) + 1] if len(self.records) < train_steps(self.stage) else []
@@ -194,11 +213,12 @@ def unpaired(arm: FinishedRun, base: FinishedRun) -> list[str]:
     hashes of weights and recipe: they prove the data order, and every other key must be the same.
     """
     models = arm.part("model") != base.part("model")
-    old = [str(run.folder) for run in (base, arm) if run.identity is None]
     proofs = [DATA_ORDER] if models else list(HASHES)
+    old = [str(r.folder) for r in (base, arm) if any(_hash(r, key) is None for key in proofs)]
     wrong = [HASHES[key] for key in proofs if _hash(arm, key) != _hash(base, key)]
     if old:
-        reasons = [f"not proved: {_and(old)} {'has' if len(old) == 1 else 'have'} no identity.json"]
+        have = "has" if len(old) == 1 else "have"
+        reasons = [f"not proved: {_and(old)} {have} no identity.json with every hash"]
     elif wrong:
         reasons = [f"{_and(wrong)} {'differs' if wrong == [HASHES[DATA_ORDER]] else 'differ'}"]
     elif models:
@@ -215,14 +235,22 @@ def unpaired(arm: FinishedRun, base: FinishedRun) -> list[str]:
 
 def same_data(arm: FinishedRun, base: FinishedRun) -> bool:
     """Whether both read the same text in the same order, by hash, or for older runs by recipe."""
-    if arm.identity is not None and base.identity is not None:
-        return _hash(arm, DATA_ORDER) == _hash(base, DATA_ORDER)
+    hashes = _hash(arm, DATA_ORDER), _hash(base, DATA_ORDER)
+    if None not in hashes:
+        return hashes[0] == hashes[1]
     return arm.seed == base.seed and arm.config.get("data") == base.config.get("data")
+
+
+def seeds_of_one(arm: FinishedRun, base: FinishedRun) -> bool:
+    """Whether two runs differ in nothing but the seed."""
+    alike = arm.part("precision") == base.part("precision")
+    return alike and all(line.startswith("run.seed ") for line in differing_keys(arm, base))
 
 
 def differing_keys(arm: FinishedRun, base: FinishedRun) -> list[str]:
     """`key: old -> new` for every key outside precision that is not the same."""
-    old, new = flat(base.config), flat(arm.config)
+    # A key that is younger than a run had its default effect in it.
+    old, new = (flat(asdict(Recipe())) | flat(run.config) for run in (base, arm))
     return [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -234,7 +262,7 @@ def differing_keys(arm: FinishedRun, base: FinishedRun) -> list[str]:
 def format_failures(run: FinishedRun) -> list[str]:
     """What is wrong with the formats a run computed in, or not proved about them."""
     claims = run.claims_quantized()
-    if run.applied is None:
+    if not run.applied:
         unproved = f"not proved: {run.folder} has no precision.json to show what it computed in"
         return [unproved] if claims else []
     modules = [(name, m) for entry in run.applied for name, m in entry["modules"].items()]
@@ -244,6 +272,13 @@ def format_failures(run: FinishedRun) -> list[str]:
         if m["ran"] != m["wanted"]
     ]
     failures = []
+    if run.policy is not None:
+        wrong += _off_policy(run, run.applied)
+    else:
+        failures.append(
+            f"not proved: {run.folder}/config.json has no precision that can be read, so nothing "
+            "says what its modules should have run in"
+        )
     if wrong:
         failures.append(
             f"{run.folder}: modules ran in another format: {shortened(list(dict.fromkeys(wrong)))}"
@@ -251,6 +286,30 @@ def format_failures(run: FinishedRun) -> list[str]:
     if claims and not any(is_quantized(m["ran"]) for _, m in modules):
         failures.append(f"{run.folder}: precision={run.precision} quantised no module")
     return failures
+
+
+def _off_policy(run: FinishedRun, applied: Sequence[dict[str, Any]]) -> list[str]:
+    """Modules that did not run in what the recipe says, at each change and in the last step."""
+    entries = [(entry["from_step"], entry["modules"]) for entry in applied]
+    entries.append((max(1, len(run.records)), applied[-1]["modules"]))
+    wrong = []
+    for step, modules in entries:
+        ran, wanted = {name: m["ran"] for name, m in modules.items()}, run.wanted(step)
+        wrong += [
+            f"{name} in {ran.get(name, 'nothing known')} instead of {wanted.get(name, 'nothing')}"
+            for name in sorted(ran.keys() | wanted.keys())
+            if ran.get(name) != wanted.get(name)
+        ]
+    return wrong
+
+
+def must_differ(arm: FinishedRun, base: FinishedRun) -> bool:
+    """Whether two runs were asked for other formats early enough for a loss to show it."""
+    if arm.policy is None or base.policy is None:
+        claims = arm.claims_quantized() or base.claims_quantized()
+        return claims and arm.part("precision") != base.part("precision")
+    # What only gradients feel in the last step, no loss shows.
+    return any(arm.wanted(s) != base.wanted(s) for s in (1, len(arm.records) - 1))
 
 
 def same_losses(arm: FinishedRun, base: FinishedRun) -> bool:

@@ -49,10 +49,14 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
             "name": comparison.base_name,
             "runs": [_run(run) for run in comparison.base],
             "spread_between_seeds": comparison.noise,
+            "flushed_to_zero": comparison.flushed(comparison.base_name),
         },
         "models": {name: asdict(facts) for name, facts in comparison.models.items()},
         "windows": {w.name: {"from_token": w.start, "to_token": w.end} for w in comparison.windows},
-        "arms": {arm.name: _arm(arm) for arm in comparison.arms},
+        "arms": {
+            arm.name: _arm(arm) | {"flushed_to_zero": comparison.flushed(arm.name)}
+            for arm in comparison.arms
+        },
     }
 
 
@@ -72,7 +76,6 @@ def _arm(arm: Arm) -> dict[str, Any]:
         "mtp_loss_gap": [{name: _or_null(e) for name, e in d.items()} for d in arm.mtp],
         "held_out_loss_gap": {name: _or_null(e) for name, e in arm.held_out.items()},
         "cost": asdict(arm.cost),
-        "flushed_to_zero": arm.flushed(),
     }
 
 
@@ -200,20 +203,20 @@ def _costs(comparison: Comparison) -> str:
 
 
 def _flushed(comparison: Comparison) -> list[str]:
-    rows = [["arm", "module", "tensor", "non-zero values flushed to zero"]]
-    for arm in comparison.arms:
+    rows = [["", "module", "tensor", "non-zero values flushed to zero"]]
+    for name in comparison.runs:
         values = [
             (share, module, tensor)
-            for tensor, modules in arm.flushed().items()
+            for tensor, modules in comparison.flushed(name).items()
             for module, share in modules.items()
         ]
         for share, module, tensor in sorted(values, reverse=True)[:MOST]:
-            rows.append([arm.name, module, tensor, percent(share, "")])
+            rows.append([name, module, tensor, percent(share, "")])
     if len(rows) == 1:
         return []
     return [
         "## Values flushed to zero",
-        f"The {MOST} operands that lose most, of each arm.",
+        f"The {MOST} operands that lose most, of the baseline and of each arm.",
         _table(rows),
     ]
 
@@ -251,9 +254,10 @@ def _legend(comparison: Comparison) -> str:
             "relative to their mean. A gap below it is less than the choice of a seed.",
             _paired_means(comparison),
             "- Verdict: fails if the mean gap in the last quarter is not below the budget, if a "
-            "module ran in another format than its policy's or nothing shows that it did not, if "
-            "an arm that claims to quantise has the losses of the baseline, or if a loss or "
-            "gradient was not finite. A negative gap always passes.",
+            "module ran in another format than its recipe's or nothing shows that it did not, if "
+            "an arm has the losses of a run in other formats, if an arm of another precision or "
+            "model is not paired, or if a loss or gradient was not finite. A negative gap alone "
+            "never fails.",
         ]
     )
 

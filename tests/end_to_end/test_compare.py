@@ -69,7 +69,13 @@ def test_arms_are_paired_and_reported(compared: tuple[Path, str]) -> None:
     text = (folder / "report.md").read_text()
     assert text.startswith("# nvfp4 against bf16\n\n**nvfp4: PASS")
     assert identities[0]["data_order"][:12] in text
-    assert {p.name for p in (folder / "plots").iterdir()} == {"loss_gap.png", "loss.png"}
+    plots = {"loss_gap.png", "loss.png", "flushed-nvfp4.png"}
+    assert {p.name for p in (folder / "plots").iterdir()} == plots
+    seen = {name: folder / "arms" / name / "precision.jsonl" for name in ARMS}
+    assert [seen[name].exists() for name in ARMS] == [False, False, True, True]
+    steps = {json.loads(line)["step"] for line in seen[ARMS[2]].read_text().splitlines()}
+    assert steps == {2, 4, 6, 8}
+    assert arm["flushed_to_zero"]["weight"]
 
 
 def test_finished_arms_are_not_trained_again(

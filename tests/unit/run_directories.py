@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.gemms import policy_of
 from recipes.compose import load_recipe
 from recipes.errors import StrataError
 from train.comparison import Comparison, compare
@@ -71,8 +72,9 @@ class RunDirectory:
                 self.records[-1]["validation_loss"] = 5 * factor
         self.save()
         self.identity(f"weights {seed}", f"order {seed}", f"recipe {seed}")
-        quantized = precision if precision in ("nvfp4", "mxfp8") else "bf16"
-        self.formats({MODULES[0]: (quantized, quantized), MODULES[1]: ("bf16", "bf16")})
+        wanted = policy_of(recipe).wanted(0)
+        self.modules = {name: (form, form) for name, form in wanted.items()}
+        self.formats({})
 
     def write(self, name: str, content: Any) -> None:
         (self.folder / name).write_text(json.dumps(content))
@@ -85,7 +87,9 @@ class RunDirectory:
         names = ("initial_parameters", "data_order", "recipe_without_precision")
         self.write("identity.json", dict(zip(names, (weights, order, recipe), strict=True)))
 
-    def formats(self, modules: dict[str, tuple[str, str]]) -> None:
+    def formats(self, changes: dict[str, tuple[str, str]]) -> None:
+        """Let precision.json say of modules what they were asked for and ran in."""
+        modules = self.modules | changes
         said = {name: {"wanted": w, "ran": r} for name, (w, r) in modules.items()}
         self.write("precision.json", {"applied": [{"from_step": 1, "modules": said}]})
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.gemms import policy_of
+from recipes.compose import load_recipe
 from recipes.errors import ConfigError
 from tests.unit.run_directories import MODULES, STEPS, Workbench
 from train.comparison import HELD_OUT, TRAINING
@@ -152,6 +154,20 @@ def test_an_ignored_policy_fails(bench: Workbench, precision: str) -> None:
     assert f"precision={precision} was ignored" in failures
 
 
+@pytest.mark.parametrize(
+    "runs",
+    [{"nvfp4": 0.0, "bf16": 0.0}, {"bf16": 0.001, "nvfp4": 0.0, "nvfp4_no_rht": 0.0}],
+    ids=["of the baseline", "of one of two arms"],
+)
+def test_an_ignored_policy_fails_wherever_it_is(bench: Workbench, runs: dict[str, float]) -> None:
+    for precision, gap in runs.items():
+        bench.run(precision=precision, gap=gap)
+    for arm in bench.compare().arms:
+        assert any("nvfp4 was ignored" in text for text in arm.verdict.failures) or any(
+            "nvfp4_no_rht was ignored" in text for text in arm.verdict.failures
+        )
+
+
 def test_the_same_losses_without_a_claim_pass(bench: Workbench) -> None:
     bench.run()
     bench.run(precision="bf16", overrides=("logging.wandb=offline",))
@@ -177,7 +193,7 @@ def test_a_wrong_baseline_fails(bench: Workbench) -> None:
 def test_a_claim_that_quantised_nothing_fails(bench: Workbench) -> None:
     bench.run()
     run = bench.run(precision="nvfp4", gap=0.001)
-    run.formats(dict.fromkeys(MODULES, ("bf16", "bf16")))
+    run.formats(dict.fromkeys(run.modules, ("bf16", "bf16")))
     assert "precision=nvfp4 quantised no module" in bench.verdict()[1]
 
 
@@ -197,17 +213,80 @@ def test_an_older_run_is_not_proved_only_where_it_claims(bench: Workbench) -> No
 def test_equal_seeds_with_other_weights_are_not_paired(bench: Workbench) -> None:
     bench.run()
     bench.run(precision="nvfp4", gap=0.001).identity("other weights", "order 1", "recipe 1")
-    passed, _, notes = bench.verdict()
-    assert passed
-    assert "not paired" in notes and "initial weights differ" in notes
+    passed, failures, _ = bench.verdict()
+    assert not passed
+    assert "not paired" in failures and "initial weights differ" in failures
     bench.runs[1].identity("weights 1", "another order", "recipe 1")
-    assert "data order differs" in bench.verdict()[2]
+    assert "data order differs" in bench.verdict()[1]
     for run in bench.runs:
         (run.folder / "identity.json").unlink()
-    assert f"{bench.runs[1].folder} have no identity.json" in bench.verdict()[2]
+    assert f"{bench.runs[1].folder} have no identity.json" in bench.verdict()[1]
 
 
-@pytest.mark.parametrize("bad", [{"loss": None, "updated": False}, {"mtp_loss": [9.0, None]}])
+@pytest.mark.parametrize("missing", ["initial_parameters", "data_order"])
+def test_hashes_that_are_missing_prove_nothing(bench: Workbench, missing: str) -> None:
+    for run in (bench.run(), bench.run(precision="nvfp4", gap=0.001)):
+        identity = json.loads((run.folder / "identity.json").read_text())
+        run.write("identity.json", {k: v for k, v in identity.items() if k != missing})
+    passed, failures, _ = bench.verdict()
+    assert not passed and "not proved: " in failures
+
+
+def test_other_settings_are_no_seed(bench: Workbench) -> None:
+    """A run of the baseline's precision and other settings is an arm of its own, and a quantised
+    one of other settings fails."""
+    bench.run()
+    bench.run(seed=2)
+    for precision, gap in (("bf16", 0.001), ("nvfp4", 0.002)):
+        run = bench.run(precision=precision, gap=gap, overrides=("optimizer.lr=1e-2",))
+        run.identity("weights 1", "order 1", "other recipe")
+    comparison = bench.compare()
+    assert [run.seed for run in comparison.base] == [1, 2]
+    same, other = comparison.arms
+    assert same.verdict.passed and "optimizer.lr" in " ".join(same.verdict.notes)
+    assert not other.verdict.passed and "optimizer.lr" in " ".join(other.verdict.failures)
+
+
+SWITCH = "precision.switch={to: bf16, at_fraction: 0.5}"
+
+
+@pytest.mark.parametrize(
+    ("precision", "overrides", "wrong"),
+    [
+        ("nvfp4_all", (), MODULES[0].replace("in_proj", "out_proj")),
+        ("nvfp4", ("precision.disable_rht=true",), MODULES[0]),
+        ("nvfp4", (SWITCH,), MODULES[0]),
+        ("nvfp4", (SWITCH.replace("0.5", "1"),), ""),
+    ],
+)
+def test_a_run_is_held_to_its_recipe_not_to_what_it_says(
+    bench: Workbench, precision: str, overrides: tuple[str, ...], wrong: str
+) -> None:
+    """It says that it was asked for what precision=nvfp4 is, from the first step to the last."""
+    bench.run()
+    run = bench.run(precision=precision, gap=0.001, overrides=overrides)
+    recipe = load_recipe(["experiment=tiny", "precision=nvfp4"])
+    run.modules = {name: (form, form) for name, form in policy_of(recipe).wanted(0).items()}
+    run.formats({})
+    passed, failures, _ = bench.verdict()
+    assert passed is not bool(wrong)
+    assert wrong in failures
+
+
+def test_a_switch_has_to_be_recorded_where_it_was(bench: Workbench) -> None:
+    bench.run()
+    run = bench.run(precision="nvfp4", gap=0.001, overrides=(SWITCH,))
+    (first,) = json.loads((run.folder / "precision.json").read_text())["applied"]
+    plain = {name: {"wanted": "bf16", "ran": "bf16"} for name in run.modules}
+    for step, passes in ((101, True), (100, False)):
+        run.write("precision.json", {"applied": [first, {"from_step": step, "modules": plain}]})
+        assert bench.verdict()[0] is passes
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"loss": None, "updated": False}, {"mtp_loss": [9.0, None]}, {"validation_loss": None}],
+)
 def test_losses_that_are_not_finite_fail(bench: Workbench, bad: dict[str, Any]) -> None:
     bench.run()
     run = bench.run(precision="nvfp4", gap=0.001)
@@ -298,17 +377,29 @@ def test_cost_and_report(bench: Workbench) -> None:
     (run.folder / "precision.jsonl").write_text(text)
     comparison = bench.compare()
     (arm,) = comparison.arms
-    assert arm.flushed()["activation"] == {MODULES[0]: pytest.approx(0.15)}
+    assert comparison.flushed("nvfp4")["activation"] == {MODULES[0]: pytest.approx(0.15)}
     # Medians: the slow first step does not count.
     assert arm.cost.seconds_ratio == pytest.approx(1.5)
     assert arm.cost.grad_norm_ratio == pytest.approx(1.5)
     plots = plot_comparison(comparison, bench.root / "plots")
     assert [p.name for p in plots] == ["loss_gap.png", "loss.png", "flushed-nvfp4.png"]
+    bench.runs.reverse()  # a baseline that quantises has a picture too
+    swapped = bench.compare()
+    pictures = plot_comparison(swapped, bench.root / "swapped")
+    assert [p.name for p in pictures] == [p.name for p in plots]
+    assert as_dict(swapped)["baseline"]["flushed_to_zero"] == comparison.flushed("nvfp4")
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in plots)
     write_report(comparison, bench.root, plots)
     report = (bench.root / "report.md").read_text()
+    quantised = sum(ran == "nvfp4" for _, ran in run.modules.values())
     assert "**nvfp4: PASS: mean relative gap of the training loss in the last quarter" in report
-    for words in ("+0.5 %", "MTP depth 2", "weights 1", "bf16: 1, nvfp4: 1", "plots/loss_gap.png"):
+    for words in (
+        "+0.5 %",
+        "MTP depth 2",
+        "weights 1",
+        f"nvfp4: {quantised}",
+        "plots/loss_gap.png",
+    ):
         assert words in report
     assert f"{MODULES[0]} | activation | 15 %" in report
     data = json.loads((bench.root / "report.json").read_text())
