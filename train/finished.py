@@ -308,8 +308,12 @@ def must_differ(arm: FinishedRun, base: FinishedRun) -> bool:
     if arm.policy is None or base.policy is None:
         claims = arm.claims_quantized() or base.claims_quantized()
         return claims and arm.part("precision") != base.part("precision")
+
+    def quantised(run: FinishedRun, step: int) -> dict[str, str]:
+        return {name: form for name, form in run.wanted(step).items() if is_quantized(form)}
+
     # What only gradients feel in the last step, no loss shows.
-    return any(arm.wanted(s) != base.wanted(s) for s in (1, len(arm.records) - 1))
+    return any(quantised(arm, s) != quantised(base, s) for s in (1, max(1, len(arm.records) - 1)))
 
 
 def same_losses(arm: FinishedRun, base: FinishedRun) -> bool:

@@ -28,6 +28,7 @@ RECIPES: dict[str, Callable[[], Any]] = {
     "nvfp4 no rht": lambda: recipes.NVFP4BlockScaling(disable_rht=True, **NEAREST),
     "nvfp4 no 2d": lambda: recipes.NVFP4BlockScaling(disable_2d_quantization=True, **NEAREST),
     "mxfp8": recipes.MXFP8BlockScaling,
+    "mxfp8 2d": lambda: recipes.MXFP8BlockScaling(enable_2d_quantization=True),
     "mxfp8 hybrid": lambda: recipes.MXFP8BlockScaling(fp8_format=recipes.Format.HYBRID),
 }
 
@@ -40,7 +41,9 @@ def _seed() -> None:
 
 def operands(x: Tensor, kind: str, recipe: Any) -> tuple[Tensor, Tensor]:
     """Row-wise and column-wise operands of a tensor by the recipe, float64."""
-    if recipe.mxfp8():
+    if recipe.mxfp8() and kind == "weight" and recipe.enable_2d_quantization:
+        pair = [mxfp8.quantize(x, mxfp8.SQUARE)] * 2
+    elif recipe.mxfp8():
         gradient = kind == "grad" and recipe.fp8_format == recipes.Format.HYBRID
         form = E5M2 if gradient else E4M3
         pair = [mxfp8.quantize(x, way, form) for way in (mxfp8.ROWWISE, mxfp8.COLUMNWISE)]
@@ -79,18 +82,19 @@ def run(layer: Any, x: Tensor, g: Tensor, recipe: Any, **forward: Any) -> list[T
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_against_the_definition(name: str, dtype: torch.dtype) -> None:
     recipe = RECIPES[name]()
     x, w, g = data(dtype)
     layer = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=dtype)
     layer.weight.data.copy_(w)
     found = run(layer, x.view(16, 4, INPUTS), g, recipe)
-    rounding = 2**-8 if dtype == torch.bfloat16 else 0.0
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0.0)
     for actual, wanted in zip(found, definition(x, w, g, recipe), strict=True):
         assert actual.dtype == dtype
         # Sums in FP32 are off by a little of their largest terms.
         slack = 1e-6 * wanted.abs().max().item()
+        slack += 2**-25 if dtype == torch.float16 else 0.0  # half a subnormal step
         torch.testing.assert_close(
             actual.double(), wanted.view_as(actual), rtol=rounding, atol=slack
         )
