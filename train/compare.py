@@ -93,7 +93,7 @@ def main(recipe: Recipe) -> int:
         default = f"compare-{recipe.model.name}"
     folder = Path(recipe.run.dir) if "run.dir" in given else Path("runs") / default
     if not folders:
-        watched = {"logging.precision_interval", "logging"}.isdisjoint(given) and not is_installed()
+        watched = "logging.precision_interval" not in given and not is_installed()
         arms = plan(recipe, arguments, folder, watched)
         code = train_arms(arms)
         if code != EXIT_COMPLETE:
