@@ -22,6 +22,7 @@ from train.gaps import (
     spread,
     windows,
 )
+from train.heat_map import Shares, flushed
 
 SIDES = ("model", "precision")
 """Sections of a recipe whose differences make an arm."""
@@ -132,19 +133,9 @@ class Comparison:
         arms = {arm.name: [pair.arm for pair in arm.pairs] for arm in self.arms}
         return {self.base_name: self.base} | arms
 
-    def flushed(self, name: str) -> dict[str, dict[str, float]]:
-        """Of the baseline or an arm: tensor -> module -> share of its non-zero values that became
-        zero, mean over what telemetry saw; empty without telemetry."""
-        seen: dict[str, dict[str, list[float]]] = {}
-        for line in (line for run in self.runs[name] for line in run.telemetry):
-            if line.get("flushed") is not None:
-                seen.setdefault(line["tensor"], {}).setdefault(line["module"], []).append(
-                    line["flushed"]
-                )
-        return {
-            tensor: {module: sum(v) / len(v) for module, v in modules.items()}
-            for tensor, modules in seen.items()
-        }
+    def flushed(self, name: str) -> Shares:
+        """What was flushed to zero in the baseline or an arm, mean over its runs."""
+        return flushed(line for run in self.runs[name] for line in run.telemetry)
 
 
 def compare(runs: Sequence[FinishedRun], budget: float) -> Comparison:

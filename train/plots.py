@@ -1,15 +1,17 @@
-"""The picture of a run."""
+"""The pictures of a run."""
 
 from pathlib import Path
 from typing import Any
 
 
 def plot_run(folder: Path) -> Path | None:
-    """Draw loss, gradient norm, learning rate and expert load from metrics.jsonl.
+    """Draw loss, gradient norm, learning rate and expert load from metrics.jsonl; and, from
+    precision.jsonl if it has telemetry, plots/flushed.png, what was flushed to zero.
 
     Returns:
         Path of plots/curves.png, or None if nothing was trained yet.
     """
+    from train.heat_map import draw, flushed
     from train.metrics import MetricsFile
 
     records = [r for r in MetricsFile(folder / "metrics.jsonl").read() if r["loss"] is not None]
@@ -49,6 +51,8 @@ def plot_run(folder: Path) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    if shares := flushed(MetricsFile(folder / "precision.jsonl").read()):
+        draw(folder.name, shares, path.with_name("flushed.png"))
     return path
 
 

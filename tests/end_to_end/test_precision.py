@@ -67,6 +67,7 @@ def _telemetry_shows_what_each_format_loses(run: Path) -> None:
         # About half of the blocks cut their largest value off; a token alone in its block is
         # spread over all of it by the transform, as sixteen largest values.
         assert 0 < line["saturated"] < 0.5, line
+    assert (run / "plots" / "flushed.png").stat().st_size > 0
     assert _flushed(lines, EXPERTS) > 0.02 > 10 * _flushed(lines, OUT_PROJ)
     zeros = [x["zeros"] for x in lines if x["module"] == EXPERTS and x["tensor"] == "wgrad"]
     assert len(zeros) == 3 and all(0 <= z < 1 for z in zeros)

@@ -14,8 +14,9 @@ from recipes.compose import load_recipe
 from recipes.errors import ConfigError
 from tests.unit.run_directories import MODULES, STEPS, Workbench
 from train.comparison import HELD_OUT, TRAINING
-from train.comparison_plots import kind, plot_comparison
+from train.comparison_plots import plot_comparison
 from train.finished import read_run
+from train.heat_map import kind
 from train.report import as_dict, write_report
 
 
