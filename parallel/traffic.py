@@ -62,11 +62,9 @@ def _expert_traffic(job: Job, layers: Sequence[Layer], domain: int) -> list[Traf
     other NVLink domain that has experts of it, and there once to every such rank."""
     layout, k = job.layout, job.model.moe_router_topk
     span = layout.ep * layout.etp
-    passes = job.layout.num_microbatches * sum(
-        2 + times_again(job.parallel, layer, "mlp.experts")
-        for layer in layers
-        if layer.symbol == "E"
-    )
+    experts, steps = [layer for layer in layers if layer.symbol == "E"], layout.num_microbatches
+    forward = steps * sum(1 + times_again(job.parallel, x, "mlp.experts") for x in experts)
+    passes = forward + steps * len(experts)
     if job.parallel.moe_token_dispatcher_type == "flex":
         row = job.split_tokens * (job.width * job.element + 4 * k) * passes
         inside, domains = min(span, domain), -(-span // domain)
@@ -76,18 +74,20 @@ def _expert_traffic(job: Job, layers: Sequence[Layer], domain: int) -> list[Traf
             for reach, places in ((inside, span), (span, domains))
         ]
     if job.parallel.moe_token_dispatcher_type == "allgather":
-        rows = job.split_tokens * (span - 1) * job.width
+        others = job.split_tokens * (span - 1)
+        rows, table = others * job.width, others * (job.model.num_moe_experts or 0)
         dispatch, combine = rows * job.element, rows * 4
-        scores = 2 * job.split_tokens * (span - 1) * 4 * (job.model.num_moe_experts or 0)
+        # Forward also whether a token goes to an expert, in a byte.
+        scores = 4 * table * passes + table * forward
     else:
         rows = job.split_tokens * k * (layout.ep - 1) / layout.ep * job.width
         tensor = job.split_tokens * k * (layout.etp - 1) * job.width
         dispatch, combine = (rows + tensor) * job.element, rows * job.element + tensor * 4
-        scores = job.split_tokens * k * (layout.ep - 1) / layout.ep * 4
+        scores = job.split_tokens * k * (layout.ep - 1) / layout.ep * 4 * passes
     return [
         Traffic("expert_dispatch", span, passes * dispatch),
         Traffic("expert_combine", span, passes * combine),
-        Traffic("expert_routing", span, passes * scores),
+        Traffic("expert_routing", span, scores),
     ]
 
 

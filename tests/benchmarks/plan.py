@@ -39,6 +39,12 @@ LAYOUTS = {
         "stage.micro_batch_size=4",
         "parallel.expert_model_parallel_size=2",
     ],
+    "tiny, ep2 all-gather": [
+        "experiment=tiny",
+        "stage.micro_batch_size=4",
+        "parallel.expert_model_parallel_size=2",
+        "parallel.moe_token_dispatcher_type=allgather",
+    ],
     "tiny, tp2": ["experiment=tiny", "parallel.tensor_model_parallel_size=2"],
     "tiny, pp2": [
         "experiment=tiny",

@@ -1,5 +1,6 @@
 """The planner against published counts and figures, and against itself where rules are simple."""
 
+import random
 import re
 import subprocess
 import sys
@@ -269,6 +270,21 @@ def test_gpus_send_gradients_of_keys_in_their_own_type() -> None:
     hops = 63 * 16_384 * 2 * 128 * 2
     assert context_bytes("*") == 3 * hops
     assert context_bytes("*", **recomputing("core_attn")) == 4 * hops
+
+
+def test_flex_sends_a_token_once_to_every_domain() -> None:
+    keys: dict[str, Any] = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 32}
+    job, _ = job_of(SUPER, moe_token_dispatcher_type="flex", **keys)
+    (share,) = shares(("E",), "", 0, 1)
+    found = [x for x in traffic(job, share, domain=8) if x.purpose == "expert_dispatch"]
+    inside, outside = (x.bytes / 2 / job.layout.num_microbatches for x in found)
+    assert [x.span for x in found] == [8, 32]
+    row = 8192 * (1024 * 2 + 22 * 4)
+    # 22 experts are on 16 of 32 ranks, and in every one of 4 domains but one time in 500.
+    assert outside == pytest.approx(3 * row, rel=0.002)
+    chosen = random.Random(0)
+    ranks = [len({chosen.randrange(32) for _ in range(22)} - {0}) for _ in range(20_000)]
+    assert inside == pytest.approx(row * sum(ranks) / len(ranks), rel=0.01)
 
 
 def test_ultra_fits_as_published_and_as_its_recipe_has_it() -> None:
