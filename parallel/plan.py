@@ -18,7 +18,6 @@ from parallel.memory import Memory, memory
 from parallel.recompute import depth_again, layers_of, times_again
 from parallel.roofline import StepTime, step_time
 from parallel.traffic import Traffic, traffic
-from precision.policy import block_format
 from recipes.compose import run_cli
 from recipes.errors import ConfigError
 from recipes.rules import at_least, fail, listed
@@ -119,6 +118,7 @@ def work_of(recipe: Recipe) -> Work:
     from model.counts import layer_flops
     from model.gemms import policy_of
     from model.pattern import parse_pattern
+    from precision.policy import block_format
 
     model, pattern = recipe.model, parse_pattern(recipe.model.hybrid_layer_pattern)
     decisions = policy_of(recipe).start
