@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from parallel.layout import Layout
-from parallel.recompute import selected
+from parallel.recompute import Layer, layers_of, selected
 from recipes.schema import ModelConfig, ParallelConfig, PrecisionConfig, StageConfig
 
 
@@ -103,3 +103,9 @@ def shares(stages: tuple[str, ...], mtp: str, mtp_depths: int, pp: int) -> list[
         )
         for rank in range(pp)
     ]
+
+
+def layers_of_share(parallel: ParallelConfig, share: Share) -> list[Layer]:
+    """The layers a micro batch passes on a rank, those of every prediction depth included."""
+    layers = [layer for piece in share.pieces for layer in layers_of(parallel, piece)]
+    return layers + layers_of(parallel, share.mtp, mtp=True) * share.mtp_depths

@@ -9,14 +9,17 @@ and reports per token and per MoE layer. Writes payload.json and plots/expert_lo
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.job import layers_of_share, shares
+from parallel.recompute import times_again
 from recipes.compose import refuse_stages, run_cli
 from recipes.errors import ConfigError, StrataError
 from recipes.rules import fail
-from recipes.schema import ModelConfig, ParallelConfig, Recipe
+from recipes.schema import ModelConfig, Recipe
 from recipes.tables import table
 
 if TYPE_CHECKING:
@@ -59,8 +62,10 @@ def main(recipe: Recipe) -> int:
             "use alltoall",
         )
     pattern = parse_pattern(recipe.model.hybrid_layer_pattern)
-    layers, drafts = pattern.main.count("E"), pattern.mtp.count("E") * pattern.mtp_depths
-    if layers + drafts == 0:
+    cut = shares(pattern.stages, pattern.mtp, pattern.mtp_depths, layout.pp)
+    passes = [layer for share in cut for layer in layers_of_share(recipe.parallel, share)]
+    again = [times_again(recipe.parallel, x, "mlp.experts") for x in passes if x.symbol == "E"]
+    if not again:
         raise ConfigError(
             f"model.hybrid_layer_pattern={recipe.model.hybrid_layer_pattern} has no MoE layer (E)"
         )
@@ -74,7 +79,7 @@ def main(recipe: Recipe) -> int:
     if done.returncode:
         raise StrataError(f"the run ended with exit code {done.returncode}; see {folder}/logs")
     records = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = report(recipe, layout, (layers, drafts), records)
+    found = report(recipe, layout, again, records)
     (folder / "payload.json").write_text(json.dumps(found, indent=1) + "\n")
     picture = draw(found["load"]["tokens"], folder / "plots" / "expert_load.png")
     print(as_text(recipe, found))
@@ -110,12 +115,12 @@ def shortened(given: set[str]) -> list[str]:
 
 
 def report(
-    recipe: Recipe, layout: "Layout", layers: tuple[int, int], records: list[dict[str, Any]]
+    recipe: Recipe, layout: "Layout", again: Sequence[int], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """All numbers.
 
     Args:
-        layers: MoE layers a token goes through: of the model, of multi-token prediction.
+        again: of each MoE layer a token goes through, passes that the backward pass repeats.
         records: metrics of the steps, with `expert_load`.
     """
     from model.counts import layer_flops
@@ -125,10 +130,8 @@ def report(
     element = 2 if recipe.precision.params_dtype == "bf16" else 4
     tokens = stage.global_batch_size * stage.sequence_length * len(records)
     operand = dispatched_bytes(model, element)
-    predicted = expected(
-        operand, dispatched_bytes(model, 4), layout, repeated(recipe.parallel, *layers)
-    )
-    passes = sum(layers)
+    passes = len(again)
+    predicted = expected(operand, dispatched_bytes(model, 4), layout, sum(again) / passes)
     measured = {}
     for purpose in predicted:
         of = [record["wire"].get(purpose, {}) for record in records]
@@ -180,7 +183,7 @@ def expected(
     Args:
         operand: `dispatched_bytes`.
         wide: the same in FP32.
-        again: forward passes that the backward pass repeats.
+        again: forward passes that the backward pass repeats, mean over layers.
     """
     ep, etp = layout.ep, layout.etp
     found = {}
@@ -195,26 +198,6 @@ def expected(
             "operand": narrow + broad + again * forward,
         }
     return found
-
-
-def repeated(parallel: ParallelConfig, main: int, mtp: int) -> float:
-    """Forward passes of a MoE layer that recomputation repeats in the backward pass, mean over
-    `main` layers and `mtp` passes of multi-token prediction.
-
-    Raises:
-        ConfigError: it depends on a layer's place.
-    """
-    if parallel.recompute_granularity == "selective":
-        return float("moe" in (parallel.recompute_modules or ()))
-    if parallel.recompute_granularity is None:
-        return 0
-    if parallel.recompute_method != "uniform":
-        raise ConfigError(
-            f"parallel.recompute_method={parallel.recompute_method} repeats some layers only, "
-            "which parallel.payload does not predict; use uniform"
-        )
-    # Megatron repeats a whole block of multi-token prediction, and within it each layer again.
-    return (main + 2 * mtp) / (main + mtp)
 
 
 def dispatched_bytes(model: ModelConfig, element: int) -> int:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from parallel.activations import computed_again, kept, plain
 from parallel.gpus import Gpu
-from parallel.job import Job, Share
+from parallel.job import Job, Share, layers_of_share
 from parallel.memory import parameters
-from parallel.recompute import Layer, layers_of
+from parallel.recompute import Layer
 from parallel.traffic import Traffic
 
 EFFICIENCY = {
@@ -90,8 +90,7 @@ def step_time(
 
 def _written(job: Job, share: Share) -> float:
     """Bytes of activations of one micro batch, those computed again by a third."""
-    layers = [x for piece in share.pieces for x in layers_of(job.parallel, piece)]
-    layers += layers_of(job.parallel, share.mtp, mtp=True) * share.mtp_depths
+    layers = layers_of_share(job.parallel, share)
     once = plain(job)
     return sum(kept(once, Layer(x.symbol)) + computed_again(job, x) / 3 for x in layers)
 

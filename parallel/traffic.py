@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from parallel.activations import grouped, keys
-from parallel.job import Job, Share
+from parallel.job import Job, Share, layers_of_share
 from parallel.memory import parameters
-from parallel.recompute import Layer, depth_again, layers_of, times_again
+from parallel.recompute import Layer, depth_again, times_again
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ def traffic(job: Job, share: Share, domain: int = 1) -> list[Traffic]:
         domain: GPUs of an NVLink domain.
     """
     layout = job.layout
-    layers = [layer for piece in share.pieces for layer in layers_of(job.parallel, piece)]
-    layers += layers_of(job.parallel, share.mtp, mtp=True) * share.mtp_depths
+    layers = layers_of_share(job.parallel, share)
     steps = layout.num_microbatches
     own = parameters(job, share)
     dp, edp = layout.dp * layout.cp, layout.edp
