@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from model.backends import Backends
     from parallel.layout import Layout
     from train.batches import Batches
+    from train.checkpoint import Checkpointer
+    from train.state import TrainState
+    from train.step import Routers
 
 
 Job = Callable[[Recipe, "Layout", "Backends", MemoryHandler], int]
@@ -130,45 +133,17 @@ def train(
 def _train(
     recipe: Recipe, place: Place, layout: "Layout", data: "Batches", stop: StopRequest
 ) -> int:
-    import torch
     import torch.distributed as dist
 
     from model.counts import flops_per_token
-    from parallel.host_memory import give_back_activations
     from train import plots
-    from train.build import build_state
-    from train.checkpoint import Checkpointer
-    from train.identity import write_identity
     from train.metrics import Reporter
     from train.trainer import Trainer
-    from train.watchdog import Watchdog, progress_limit, start_limit
-    from train.weights import load_weights
+    from train.watchdog import Watchdog, progress_limit
 
     folder, rank, world = Path(recipe.run.dir), dist.get_rank(), dist.get_world_size()
-    shapes = pattern(recipe.stage).shapes
-    if not torch.cuda.is_available():
-        tokens = max(s.sequence_length * s.micro_batch_size for s in shapes) // layout.cp
-        give_back_activations(tokens, recipe.model.hidden_size)
-    starting = Watchdog(
-        start_limit(recipe, world),
-        folder / "logs",
-        rank,
-        "parallel.timeout_minutes",
-        "building and loading",
-    )
     said: list[str] = []
-    with starting:
-        state, routers = build_state(recipe, layout)
-        state.law_tokens = place.span.law_tokens
-        checkpointer = Checkpointer(
-            folder / "checkpoints", recipe.checkpoint, data.fingerprint, said.append, place
-        )
-        resumed = checkpointer.load(state)
-        if not resumed and recipe.checkpoint.load is not None:
-            weights = load_weights(Path(recipe.checkpoint.load), state)
-            said.append(f"weights of {weights}")
-        if not resumed:
-            write_identity(recipe, data, state.chunks)
+    state, routers, checkpointer, resumed = _begin(recipe, place, layout, data, said.append)
     reporter = Reporter(
         folder,
         recipe.logging,
@@ -184,6 +159,7 @@ def _train(
         where += f", stage {place.span.name} ({of}: to step {place.span.end})"
     for message in (*said, f"{folder}: {where}; {layout}"):
         reporter.say(message)
+    shapes = pattern(recipe.stage).shapes
     flops = [flops_per_token(recipe.model, shape.sequence_length) for shape in shapes]
     try:
         with Watchdog(progress_limit(recipe, world), folder / "logs", rank) as watchdog:
@@ -209,6 +185,49 @@ def _train(
             rundir.mark_end(folder, code, state.progress.step)
         plots.plot_run(folder)
     return code
+
+
+def _begin(
+    recipe: Recipe,
+    place: Place,
+    layout: "Layout",
+    data: "Batches",
+    say: Callable[[str], None],
+) -> "tuple[TrainState, Routers, Checkpointer, bool]":
+    """Build the model and load what it goes on from; whether that is a checkpoint of this run."""
+    import torch
+    import torch.distributed as dist
+
+    from parallel.host_memory import give_back_activations
+    from train.build import build_state
+    from train.checkpoint import Checkpointer
+    from train.identity import write_identity
+    from train.watchdog import Watchdog, start_limit
+    from train.weights import load_weights
+
+    folder = Path(recipe.run.dir)
+    if not torch.cuda.is_available():
+        shapes = pattern(recipe.stage).shapes
+        tokens = max(s.sequence_length * s.micro_batch_size for s in shapes) // layout.cp
+        give_back_activations(tokens, recipe.model.hidden_size)
+    with Watchdog(
+        start_limit(recipe, dist.get_world_size()),
+        folder / "logs",
+        dist.get_rank(),
+        "parallel.timeout_minutes",
+        "building and loading",
+    ):
+        state, routers = build_state(recipe, layout)
+        state.law_tokens = place.span.law_tokens
+        checkpointer = Checkpointer(
+            folder / "checkpoints", recipe.checkpoint, data.fingerprint, say, place
+        )
+        resumed = checkpointer.load(state)
+        if not resumed and recipe.checkpoint.load is not None:
+            say(f"weights of {load_weights(Path(recipe.checkpoint.load), state)}")
+        if not resumed:
+            write_identity(recipe, data, state.chunks)
+    return state, routers, checkpointer, resumed
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -119,12 +120,12 @@ def check_model(recipe: Recipe) -> None:
 
 
 def steps_done(folder: Path) -> int:
-    """Steps up to the newest checkpoint."""
+    """Steps up to the checkpoint that `latest` names, which may be a copy: `iter_0000040-keep`."""
     latest = folder / "checkpoints" / "latest"
     with usable(folder):
-        name = latest.read_text().strip() if latest.exists() else ""
-    number = name.removeprefix("iter_")
-    return int(number) if number.isdigit() else 0
+        name = latest.read_text() if latest.exists() else ""
+    number = re.match(r"iter_(\d+)", name, re.ASCII)
+    return int(number[1]) if number else 0
 
 
 def prepare(recipe: Recipe, backends: Backends) -> None:

@@ -172,7 +172,11 @@ def test_two_ranks_equal_one(whole: Any, overrides: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [(PACKED, "parallel.cp_comm_type=a2a"), (PACKED, STATE, *SELECTIVE)]
+    "overrides",
+    [
+        pytest.param((PACKED, "parallel.cp_comm_type=a2a"), marks=pytest.mark.slow),
+        (PACKED, STATE, *SELECTIVE),
+    ],
 )
 def test_packed_documents_over_two_ranks(packed: Any, overrides: tuple[str, ...]) -> None:
     for found in run_distributed(whole_step, 2, overrides, DOCUMENTS):

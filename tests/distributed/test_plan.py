@@ -7,7 +7,14 @@ from tests.distributed.harness import run_distributed
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny, ep2", "tiny, tp2", "tiny, pp2", "tiny, pp2 in 4 pieces", "tiny, cp2"]
+    "name",
+    [
+        "tiny, ep2",
+        "tiny, tp2",
+        pytest.param("tiny, pp2", marks=pytest.mark.slow),
+        "tiny, pp2 in 4 pieces",
+        pytest.param("tiny, cp2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_holds_sends_and_needs_what_was_planned(name: str) -> None:
     predicted = predict(LAYOUTS[name])

@@ -17,6 +17,8 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glo
 ELSEWHERE = {
     "make demo": "tests/end_to_end/test_demo.py",
     "make test": "this is it",
+    "python -m train.compare experiment=tiny compare.precisions=[bf16,nvfp4] compare.seeds=2 "
+    "stage.train_steps=20": "tests/end_to_end/test_compare.py",
     "make cluster": "tests/cluster/test_docs.py",
     "make cluster-stop": "tests/cluster/test_docs.py",
     "python -m slurm.status run.dir=runs/two": "tests/cluster/test_docs.py",

@@ -38,6 +38,7 @@ def test_stop_saves_the_last_good_state_and_a_mended_run_goes_on(
     assert all(r["updated"] for r in records(run))
 
 
+@pytest.mark.slow
 def test_a_gradient_alone_on_one_rank_is_decided_by_all(data: Path, tmp_path: Path) -> None:
     """The loss is finite everywhere and rank 1 has seen nothing bad."""
     two_ranks = ("parallel.data_parallel_size=2", "stage.micro_batch_size=1")

@@ -39,8 +39,13 @@ def test_measured_equals_predicted(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "again"),
     [
-        (["tensor_model_parallel_size=2", "expert_tensor_parallel_size=2"], 0),
-        (
+        pytest.param(
+            ["tensor_model_parallel_size=2", "expert_tensor_parallel_size=2"],
+            0,
+            id="split experts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             [
                 "tensor_model_parallel_size=2",
                 "expert_tensor_parallel_size=1",
@@ -49,8 +54,10 @@ def test_measured_equals_predicted(data: Path, tmp_path: Path) -> None:
                 "recompute_modules=[moe]",
             ],
             1,
+            id="recomputed experts",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             [
                 "expert_model_parallel_size=2",
                 "recompute_granularity=full",
@@ -58,9 +65,9 @@ def test_measured_equals_predicted(data: Path, tmp_path: Path) -> None:
                 "recompute_num_layers=1",
             ],
             (2 * 1 + 2 * 2) / 4,
+            id="recomputed layers",
         ),
     ],
-    ids=["split experts", "recomputed experts", "recomputed layers"],
 )
 def test_what_stays_is_predicted_exactly(
     data: Path, tmp_path: Path, layout: list[str], again: float

@@ -15,7 +15,10 @@ def signalled(signals: str, data: Path, run: Path, *overrides: str) -> Command:
     return Command([signals, *recipe], data, "tests.end_to_end.signalled_train")
 
 
-@pytest.mark.parametrize(("signals", "background"), [("TERM,TERM,USR1", False), ("TERM,INT", True)])
+@pytest.mark.parametrize(
+    ("signals", "background"),
+    [pytest.param("TERM,TERM,USR1", False, marks=pytest.mark.slow), ("TERM,INT", True)],
+)
 def test_a_signal_while_saving_loses_neither_checkpoint_nor_step(
     signals: str, background: bool, data: Path, straight: Path, tmp_path: Path
 ) -> None:

@@ -113,7 +113,7 @@ def test_killed_in_the_second_stage(data: Path, whole: Path, tmp_path: Path) -> 
     "step",
     [
         pytest.param(3, marks=pytest.mark.slow, id="at a boundary"),
-        pytest.param(6, id="at the next"),
+        pytest.param(6, marks=pytest.mark.slow, id="at the next"),
         pytest.param(8, marks=pytest.mark.slow, id="within a mix"),
     ],
 )

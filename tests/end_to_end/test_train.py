@@ -52,7 +52,9 @@ def test_the_same_command_gives_the_same_bits(data: Path, straight: Path, tmp_pa
     assert records(run) == lines
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     number: signal.Signals, data: Path, straight: Path, tmp_path: Path
 ) -> None:

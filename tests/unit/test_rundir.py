@@ -57,6 +57,15 @@ def test_the_model_of_a_run_is_asked_for_by_what_reads_its_checkpoint(tmp_path: 
             check(f"model.{key}={value}")
 
 
+def test_latest_may_name_a_copy_of_a_checkpoint(tmp_path: Path) -> None:
+    latest = tmp_path / "checkpoints" / "latest"
+    assert rundir.steps_done(tmp_path) == 0
+    latest.parent.mkdir()
+    for name, steps in (("iter_0000040", 40), ("iter_0000040-keep", 40), ("mine", 0)):
+        latest.write_text(f"{name}\n")
+        assert rundir.steps_done(tmp_path) == steps
+
+
 def test_metrics_of_nobody(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="holds metrics of a run without its config.json"):
