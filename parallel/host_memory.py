@@ -1,4 +1,5 @@
-"""Keeps freed memory in the process on a host, as the CUDA caching allocator does on a GPU.
+"""Keeps freed memory in the process on a host, as the CUDA caching allocator does on a GPU, and
+takes back what it shares with a forked one.
 
 By default glibc gives every large block back to the system and gets it again, zeroed page
 by page, at the next operation; for pointwise work on activations that costs more than the
@@ -22,8 +23,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _LARGEST_THRESHOLD = 32 << 20
 """glibc takes no larger one."""
 
-_MADV_HUGEPAGE = 14
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+"""Advice of madvise(2); the second since Linux 5.14."""
 _HUGE_PAGE = 2 << 20
+_AT_A_TIME = 32 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -63,6 +66,30 @@ def give_back_activations(tokens: int, hidden_size: int) -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, size)
         libc.mallopt(_M_MMAP_MAX, 1 << 16)
         libc.malloc_trim(0)  # a block comes from the heap while there is room in it
+
+
+def own_pages(start: int, size: int) -> bool:
+    """Have pages of its own for memory that this process shares with one it has forked.
+
+    Otherwise the first write to each page waits for a copy (measured: 3 us of 4 KiB, in a virtual
+    machine). The content stays as it is, and other threads may use it meanwhile.
+
+    Args:
+        start: address of the first byte.
+        size: bytes.
+
+    Returns:
+        Whether the kernel could do that.
+    """
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):  # another C library
+        return False
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = os.sysconf("SC_PAGE_SIZE")
+    end = -(-(start + size) // page) * page
+    pieces = range(start // page * page, end, _AT_A_TIME)
+    return all(madvise(p, min(_AT_A_TIME, end - p), _MADV_POPULATE_WRITE) == 0 for p in pieces)
 
 
 def _use_large_pages(libc: ctypes.CDLL) -> None:

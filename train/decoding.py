@@ -63,7 +63,13 @@ class Limits:
     """The tokens of `</think>`."""
 
 
-def decode(model: Any, prompts: Tensor, choose: Choose, limits: Limits) -> list[list[int]]:
+def decode(
+    model: Any,
+    prompts: Tensor,
+    choose: Choose,
+    limits: Limits,
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> list[list[int]]:
     """Continue texts.
 
     Args:
@@ -71,6 +77,7 @@ def decode(model: Any, prompts: Tensor, choose: Choose, limits: Limits) -> list[
         prompts: [b, s] tokens.
         choose: `greedy` or a `sampler`.
         limits: when to stop.
+        advance: is told of new tokens.
 
     Returns:
         The new tokens of each text, the end token included.
@@ -82,6 +89,7 @@ def decode(model: Any, prompts: Tensor, choose: Choose, limits: Limits) -> list[
         for _ in range(limits.tokens):
             chosen = choose(logits)
             kept = [t.take(int(c)) for t, c in zip(texts, chosen, strict=True)]
+            advance(count)
             if all(t.ended for t in texts):
                 break
             tokens = torch.tensor(kept, device=prompts.device)[:, None]

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from math import inf
 from pathlib import Path
@@ -59,6 +60,7 @@ def generate(loaded: Loaded, checkpoint: Path, chosen: argparse.Namespace) -> in
         ConfigError: options that do not fit each other or the model.
     """
     import torch
+    from tqdm import tqdm
 
     from data.tokenizer import build_tokenizer, codec
     from model.conversion.tokenizer import stop_tokens
@@ -76,18 +78,21 @@ def generate(loaded: Loaded, checkpoint: Path, chosen: argparse.Namespace) -> in
         raise ConfigError("--prompt is empty; give at least one token of text")
     device = torch.cuda.current_device()
     found: list[dict[str, Any]] = [{} for _ in prompts]
-    if chosen.speculate:
-        for i, prompt in enumerate(prompts):
-            found[i] = _speculated(loaded, torch.tensor(prompt, device=device), ends, chosen)
-    else:
-        close = words.encode(THINKING).tolist()
-        limits = Limits(chosen.tokens, ends, chosen.thinking_budget, close)
-        choose = sampler(chosen.temperature, chosen.top_p, chosen.seed)
-        for length in sorted({len(p) for p in prompts}):
-            same = [i for i, p in enumerate(prompts) if len(p) == length]
-            batch = torch.tensor([prompts[i] for i in same], device=device)
-            for i, new in zip(same, decode(loaded.model, batch, choose, limits), strict=True):
-                found[i] = {"tokens": new}
+    with tqdm(desc="generating", total=chosen.tokens * len(prompts), unit="token") as bar:
+        if chosen.speculate:
+            for i, prompt in enumerate(prompts):
+                text = torch.tensor(prompt, device=device)
+                found[i] = _speculated(loaded, text, ends, chosen, bar.update)
+        else:
+            close = words.encode(THINKING).tolist()
+            limits = Limits(chosen.tokens, ends, chosen.thinking_budget, close)
+            choose = sampler(chosen.temperature, chosen.top_p, chosen.seed)
+            for length in sorted({len(p) for p in prompts}):
+                same = [i for i, p in enumerate(prompts) if len(p) == length]
+                batch = torch.tensor([prompts[i] for i in same], device=device)
+                new = decode(loaded.model, batch, choose, limits, bar.update)
+                for i, tokens in zip(same, new, strict=True):
+                    found[i] = {"tokens": tokens}
     _show(chosen, found, words)
     return 0
 
@@ -113,10 +118,12 @@ def _check(loaded: Loaded, chosen: argparse.Namespace) -> None:
         raise ConfigError(f"--json {chosen.json} is in no folder that exists; make it first")
 
 
-def _speculated(loaded: Loaded, prompt: Any, ends: set[int], chosen: Any) -> dict[str, Any]:
+def _speculated(
+    loaded: Loaded, prompt: Any, ends: set[int], chosen: Any, advance: Callable[[int], object]
+) -> dict[str, Any]:
     from train.speculative import speculate
 
-    done = speculate(loaded.model, prompt, chosen.speculate, chosen.tokens, ends)
+    done = speculate(loaded.model, prompt, chosen.speculate, chosen.tokens, ends, advance)
     return {
         "tokens": done.tokens,
         "passes": done.passes,

@@ -9,7 +9,7 @@ the token k + 1 places ahead from the hidden state of the depth before and the t
 Shapes: s tokens of one text, V vocabulary, D hidden_size.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,12 @@ class Speculation:
 
 
 def speculate(
-    model: Any, prompt: Tensor, depths: int, max_tokens: int, ends: Collection[int] = ()
+    model: Any,
+    prompt: Tensor,
+    depths: int,
+    max_tokens: int,
+    ends: Collection[int] = (),
+    advance: Callable[[int], object] = lambda tokens: None,
 ) -> Speculation:
     """Continue one text greedily.
 
@@ -47,6 +52,7 @@ def speculate(
         depths: drafts of a pass; a repeated block can go deeper than it was trained.
         max_tokens: new tokens, at most.
         ends: tokens that end the text.
+        advance: is told of new tokens.
     """
     result = Speculation(drafted=[0] * depths, accepted=[0] * depths)
     text: list[int] = prompt.tolist()
@@ -65,6 +71,7 @@ def speculate(
             new = new[: max_tokens - len(result.tokens)]
             new = new[: next((i for i, token in enumerate(new, 1) if token in ends), len(new))]
             result.tokens += new
+            advance(len(new))
             if new[-1] in ends:
                 break
             text += new

@@ -1,18 +1,21 @@
 """What saving costs training, and how fast it writes, beside a plain write of the same bytes.
 
-    python -m tests.benchmarks.save --folder /a/disk/with/room [--state-gb 4] [--rounds 3]
+    python -m tests.benchmarks.save --folder /a/disk/with/room [--rounds 3] [--data corpora]
 
 prints one JSON object: for the real state of experiment=small (or another) and for a synthetic one,
 the seconds for which a synchronous and an asynchronous save stop the trainer, the bytes a second
 of the former as a share of a plain write with sync, and what checksums cost saving and loading.
 A synchronous save stops it until the checkpoint is complete; an asynchronous one of one rank on a
-host, as here, while the process forks.
+host, as here, while the process forks. What else the latter costs (pages are copied, memory and
+disk are shared) is seen with --data: by how much each save makes runs of `python -m train` longer.
 """
 
 import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +145,10 @@ class Synthetic:
     def gather_parameters(self) -> None:
         """One rank has all of them."""
 
+    def changed_by_a_step(self) -> list[Any]:
+        """As if one did."""
+        return [sharded.data for sharded in self.tensors.values()]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.save")
@@ -149,6 +156,7 @@ def main() -> None:
     parser.add_argument("--experiment", default="small")
     parser.add_argument("--state-gb", type=float, default=4.0, help="of the synthetic state")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="STRATA_DATA for real runs; none without")
     chosen = parser.parse_args()
     from model.backends import install_backends
 
@@ -165,9 +173,37 @@ def main() -> None:
             del state
             shutil.rmtree(root)
             result["synthetic"] = measure_synthetic(root / "synthetic", chosen)
+        if chosen.data is not None:
+            result["training"] = measure_training(root, chosen.experiment, chosen.data)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(json.dumps(result, indent=1))
+
+
+def measure_training(folder: Path, experiment: str, data: Path) -> dict[str, float]:
+    """Seconds that a save in the middle of a run adds to it; one thread, the writer has another."""
+    steps, every = 24, 4
+    taken = {}
+    for name, words in {
+        "none": [f"checkpoint.save_interval={steps}"],
+        "sync": [f"checkpoint.save_interval={every}", "checkpoint.async_save=false"],
+        "async": [f"checkpoint.save_interval={every}", "checkpoint.async_save=true"],
+    }.items():
+        run = [f"experiment={experiment}", f"run.dir={folder / name}", f"stage.train_steps={steps}"]
+        shape = ["stage.sequence_length=512", "stage.global_batch_size=2", "stage.eval_interval=99"]
+        command = [sys.executable, "-m", "train", *run, *shape, "stage.micro_batch_size=2", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "STRATA_DATA": str(data)}
+        started = time.perf_counter()
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        taken[name] = time.perf_counter() - started
+        shutil.rmtree(folder / name)
+    saves = steps // every - 1  # and the last one, which all runs have
+    cost = {name: (taken[name] - taken["none"]) / saves for name in ("sync", "async")}
+    return {
+        "seconds_a_sync_save_adds": round(cost["sync"], 3),
+        "seconds_an_async_save_adds": round(cost["async"], 3),
+        "async_of_sync": round(cost["async"] / cost["sync"], 3),
+    }
 
 
 def measure_synthetic(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:

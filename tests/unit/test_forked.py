@@ -3,14 +3,16 @@
 import multiprocessing
 import os
 import queue
+import resource
 import signal
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.host_memory import own_pages
 from recipes.errors import CheckpointError
-from train.forked import Forked, Mailbox, can_act
+from train.forked import Forked, Mailbox, can_act, take_back
 
 
 def test_a_child_leaves_any_size_before_somebody_reads() -> None:
@@ -42,6 +44,35 @@ def test_what_a_child_sees_and_raises() -> None:
     error = failed.outcome()
     assert isinstance(error, CheckpointError) and str(error) == "the disk is full"
     assert "in fail" in error.__notes__[0], "where it happened"
+
+
+def test_what_is_taken_back_is_not_copied_by_the_next_write() -> None:
+    numbers = torch.ones(16, 2**20)
+
+    def faults_of_a_write() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        numbers.add_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    if not own_pages(numbers.data_ptr(), numbers.nbytes):
+        pytest.skip("needs MADV_POPULATE_WRITE, which is in Linux since 5.14")
+    pages = numbers.nbytes // os.sysconf("SC_PAGE_SIZE")
+    sees, go = Mailbox(), multiprocessing.get_context("fork").Event()
+
+    def look() -> None:
+        go.wait(30)
+        sees.put(numbers.sum().item())
+
+    for taken in (False, True):
+        child = Forked(look)
+        if taken:
+            take_back([numbers, numbers[3]]).join()
+        faults = faults_of_a_write()
+        go.set()
+        assert child.ended(blocking=True) and child.outcome() is None
+        assert sees.get_nowait() == numbers.sum().item() - numbers.numel()
+        assert faults < pages / 10 if taken else faults > pages / 2
+        go.clear()
 
 
 def test_a_child_that_is_killed() -> None:
