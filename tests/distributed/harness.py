@@ -100,7 +100,10 @@ def _fork_server() -> ForkServerContext:
 
 
 def _wait(ranks: list[ForkServerProcess], timeout: float) -> bool:
-    """Wait until all ranks have ended or one has failed. Returns False when the time is up."""
+    """Wait until all ranks have ended, or one has failed and others had a moment to end of it.
+
+    Returns False when the time is up.
+    """
     deadline = time.monotonic() + timeout
     running = list(ranks)
     while running:
@@ -108,6 +111,10 @@ def _wait(ranks: list[ForkServerProcess], timeout: float) -> bool:
         if not connection.wait([process.sentinel for process in running], left):
             return False
         if any(process.exitcode for process in running):
+            # The end of the one that was killed may be known after that of those that miss it.
+            until = time.monotonic() + GRACE
+            for process in running:
+                process.join(max(0.0, until - time.monotonic()))
             return True
         running = [process for process in running if process.exitcode is None]
     return True
