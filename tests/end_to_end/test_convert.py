@@ -156,6 +156,7 @@ def test_a_conversion_survives_kill_9(data: Path, straight: Path, tmp_path: Path
             assert (target / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_refused(data: Path, straight: Path, tmp_path: Path):
     load = f"checkpoint.load={straight}"
     message = train(data, tmp_path / "run", load, "model.hybrid_layer_pattern=ME*E").refused()

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.end_to_end.training import STEPS, essence, records, train, tree, wait_for_step
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def test_a_failed_background_write_ends_every_rank(data: Path, small_disk: "Smal
     assert latest(run) == "iter_0000004"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_metrics_are_written(data: Path, small_disk: "SmallDisk") -> None:
     run = small_disk.folder / "run"
     process = train(data, run, "stage.train_steps=100000").start()

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,8 @@ ELSEWHERE = {
 }
 """Commands that are not run here, and why."""
 
+LONG = ("python -m train ", "python -m train.compare ", "python -m data.prepare ")
+
 
 def elsewhere(command: str) -> bool:
     """Whether another test runs it."""
@@ -56,15 +59,18 @@ def elsewhere(command: str) -> bool:
     return command in ELSEWHERE or "sensitivity" in command or on_a_cluster
 
 
-def commands() -> list[str]:
-    found: dict[str, None] = {}
+def commands() -> list[Any]:
+    """Those of a subsystem's page that work for a while are slow: it has tests of its own."""
+    found: dict[str, Any] = {}
     for page in dict.fromkeys(PAGES):
         for block in re.findall(r"```(?:sh)?\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 command = " ".join(shlex.split(line, comments=True, posix=False))
                 if command.startswith(("python ", "make ", "pip ")) and not elsewhere(command):
-                    found[command] = None
-    return list(found)
+                    long = page != PAGES[0] and command.startswith(LONG)
+                    marks = [pytest.mark.slow] if long else []
+                    found.setdefault(command, pytest.param(command, marks=marks))
+    return list(found.values())
 
 
 @pytest.mark.parametrize("command", commands())

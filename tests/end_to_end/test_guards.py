@@ -101,6 +101,7 @@ def test_a_rollback_with_nothing_to_go_back_to_is_a_stop(data: Path, tmp_path: P
     assert (run / "checkpoints/latest").read_text().strip() == "iter_0000002"
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_stop_the_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     poisoned(data, run, "2,3", "guard.non_finite=skip", "guard.max_non_finite=1").run(code=4)

@@ -41,6 +41,7 @@ def test_killed_and_resumed_equals_straight(data: Path, straight: Path, tmp_path
     assert_shown_in_tensorboard(run)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits(data: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(data, run, "checkpoint.save_interval=6").run()

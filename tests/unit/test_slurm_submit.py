@@ -112,7 +112,7 @@ def dry_run(
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))
-@pytest.mark.parametrize("cluster", ["lab", "h100"])
+@pytest.mark.parametrize("cluster", [pytest.param("lab", marks=pytest.mark.slow), "h100"])
 def test_every_experiment_has_a_valid_job(
     cluster: str,
     experiment: str,
