@@ -20,11 +20,12 @@ from data.files import sha256_file, sha256_json, sync
 from data.ranks import on_first_rank
 from model.conversion.torch_dist import complete_checkpoints, step_of
 from model.integrity import INTEGRITY
+from parallel.host_memory import go_without
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
 from recipes.stages import Place
 from train.checksums import damage, write_sums
-from train.forked import can_act, take_back
+from train.forked import can_act
 from train.guards import write_atomically
 from train.optimizer_state import load_optimizer, own_settings
 from train.state import (
@@ -77,7 +78,6 @@ class Checkpointer:
         self._strategy: Any = None
         self._frozen = False
         self._removal: threading.Thread | None = None
-        self._taking_back: threading.Thread | None = None
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of the current step; in the background if so configured.
@@ -88,8 +88,6 @@ class Checkpointer:
                 or `wait`.
         """
         self.wait()
-        if self._taking_back is not None:
-            self._taking_back.join()
         if not self._frozen:
             # Megatron collects garbage in every save and before every fork. What exists by now
             # lives as long as the run, and is passed over from here on.
@@ -104,8 +102,6 @@ class Checkpointer:
             )
         else:
             self._write(state, background=self.config.async_save)
-        if self.config.async_save:
-            self._taking_back = take_back(state.changed_by_a_step())
 
     def poll(self) -> None:
         """Finish a background save that is done. A collective: every rank must call it."""
@@ -158,6 +154,7 @@ class Checkpointer:
 
     def _write_whole(self, state: TrainState) -> None:
         """All of a save, to the deletion of old ones, in a process that ends after it."""
+        go_without(state.gradients())
         self._write(state, background=False)
         self._wait_for_removal()
 

@@ -4,16 +4,14 @@ import gc
 import os
 import pickle
 import queue
-import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from parallel.host_memory import own_pages
 from train.world import end_with_parent
 
 
@@ -61,22 +59,6 @@ def end_with(parent: int) -> None:
     end_with_parent()
     if os.getppid() != parent:
         os._exit(1)
-
-
-def take_back(tensors: Iterable[torch.Tensor]) -> threading.Thread:
-    """After a fork: begin to have pages of its own for what the next step changes, in a thread, so
-    that the step need not wait for a copy of each. It has to end before the next fork."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_cpu]
-    blocks = {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-    def work() -> None:
-        for start, size in blocks.items():
-            if not own_pages(start, size):
-                return  # an older kernel: as the step writes
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
 
 
 class Forked:

@@ -1,6 +1,5 @@
 """What a run is at one moment, and as a checkpoint holds it."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,17 +46,10 @@ class TrainState:
         self.schedule.num_steps = self.progress.consumed_tokens - self.law_tokens
         self.schedule.step(increment=0)
 
-    def changed_by_a_step(self) -> Iterator[torch.Tensor]:
-        """What the next step writes to, in its order: gradients, weights in FP32 and moments,
-        parameters."""
+    def gradients(self) -> list[tuple[int, int]]:
+        """Address and bytes of each buffer; of no use between two steps."""
         buffers = [b for c in self.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
-        yield from (b.grad_data for b in buffers)
-        for one in self.optimizer.chained_optimizers:
-            for group in one.optimizer.param_groups:
-                yield from group["params"]
-            for moments in one.optimizer.state.values():
-                yield from (m for m in moments.values() if torch.is_tensor(m))
-        yield from (b.param_data for b in buffers if b.param_data is not None)
+        return [(b.grad_data.data_ptr(), b.grad_data.nbytes) for b in buffers]
 
     def gather_parameters(self) -> None:
         """Give every rank the whole of the last update, before its weights are read. With

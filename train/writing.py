@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.ranks import raise_together
+from parallel.host_memory import go_without
 from recipes.errors import CheckpointError
 from train.checksums import Following, Sum
 from train.forked import Forked, Mailbox, end_with
@@ -189,6 +190,7 @@ class _Telling:
         logger.addHandler(collector)
         if os.getpid() != self._trainer:
             end_with(self._trainer)
+            go_without()
         try:
             with files.following(), _no_crc():
                 self._write(rank, buckets, results)

@@ -145,9 +145,9 @@ class Synthetic:
     def gather_parameters(self) -> None:
         """One rank has all of them."""
 
-    def changed_by_a_step(self) -> list[Any]:
-        """As if one did."""
-        return [sharded.data for sharded in self.tensors.values()]
+    def gradients(self) -> list[tuple[int, int]]:
+        """None."""
+        return []
 
 
 def main() -> None:
