@@ -7,9 +7,8 @@ INSTALLED := $(VENV)/.installed
 # The tensors of the tests and of the demo are small: more threads would wait for each other.
 export OMP_NUM_THREADS ?= 2
 
-# Workers of pytest, a file of tests to each at a time: what a file shares is made once. Three on two
-# cores, as tests wait for disks and for processes to end.
-PARALLEL ?= -n 3 --dist loadfile
+# Two workers of pytest, a file of tests to each at a time: what a file shares is made once.
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all test-cluster test-cluster-quick cluster cluster-stop check clean
 .DELETE_ON_ERROR:
