@@ -1,5 +1,5 @@
 """Keeps freed memory in the process on a host, as the CUDA caching allocator does on a GPU, and
-lets a forked one go without what it does not need.
+lets a forked one go without it.
 
 By default glibc gives every large block back to the system and gets it again, zeroed page
 by page, at the next operation; for pointwise work on activations that costs more than the
@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """In the environment of a process when it starts: large pages for blocks outside the heap too."""
@@ -24,7 +23,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _LARGEST_THRESHOLD = 32 << 20
 """glibc takes no larger one."""
 
-_MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
+_MADV_HUGEPAGE = 14
 """Advice of madvise(2)."""
 _HUGE_PAGE = 2 << 20
 
@@ -68,26 +67,16 @@ def give_back_activations(tokens: int, hidden_size: int) -> None:
         libc.malloc_trim(0)  # a block comes from the heap while there is room in it
 
 
-def go_without(blocks: Iterable[tuple[int, int]] = ()) -> None:
-    """In a forked process: give up memory that it shares with its parent and does not need.
+def go_without() -> None:
+    """In a forked process: give up the freed memory that it shares with its parent.
 
     The parent waits for a copy of each shared page that it writes to (measured: 3 us of 4 KiB, in a
     virtual machine), but not of those that are its own again.
-
-    Args:
-        blocks: (address, bytes) of what is not read any more, beside memory that was freed.
     """
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)
-        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        page = os.sysconf("SC_PAGE_SIZE")
-        for address, size in blocks:
-            start, end = -(-address // page) * page, (address + size) // page * page
-            if start < end:
-                libc.madvise(start, end - start, _MADV_DONTNEED)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _use_large_pages(libc: ctypes.CDLL) -> None:

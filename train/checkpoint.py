@@ -20,7 +20,6 @@ from data.files import sha256_file, sha256_json, sync
 from data.ranks import on_first_rank
 from model.conversion.torch_dist import complete_checkpoints, step_of
 from model.integrity import INTEGRITY
-from parallel.host_memory import go_without
 from recipes.errors import CheckpointError
 from recipes.schema import CheckpointConfig
 from recipes.stages import Place
@@ -28,6 +27,7 @@ from train.checksums import damage, write_sums
 from train.forked import can_act
 from train.guards import write_atomically
 from train.optimizer_state import load_optimizer, own_settings
+from train.saver import Saver
 from train.state import (
     RNG,
     Progress,
@@ -48,7 +48,10 @@ _BEFORE = {"progress", "layout", "data"}
 
 
 class Checkpointer:
-    """Saves, finds, checks and loads checkpoints of one run directory."""
+    """Saves, finds, checks and loads checkpoints of one run directory.
+
+    Create it before the state: with `async_save` the process that saves is forked here.
+    """
 
     def __init__(
         self,
@@ -78,6 +81,9 @@ class Checkpointer:
         self._strategy: Any = None
         self._frozen = False
         self._removal: threading.Thread | None = None
+        self._saver: Saver | None = None
+        if config.async_save and can_act():
+            self._saver = Saver(self._write_whole, lambda message: self.say(message))
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of the current step; in the background if so configured.
@@ -87,6 +93,8 @@ class Checkpointer:
                 checkpoint is untouched. In the background: by the next call of `save`, `poll`
                 or `wait`.
         """
+        from megatron.core.dist_checkpointing.mapping import apply_factories
+
         self.wait()
         if not self._frozen:
             # Megatron collects garbage in every save and before every fork. What exists by now
@@ -95,13 +103,19 @@ class Checkpointer:
             gc.freeze()
             self._frozen = True
         state.gather_parameters()
-        if self.config.async_save and can_act():
+        meta = self._meta(state)
+        content = state_dict(state, loading=False)
+        if self._saver is not None:
             step = state.progress.step
-            self._writer.fork(
-                lambda: self._write_whole(state), self._path(step), lambda: self._saved(step)
-            )
+            apply_factories(content)  # a factory is known here only
+            self._saver.start(content, meta)
+            self._writer.watch(self._saver, self._path(step), lambda: self._saved(step))
         else:
-            self._write(state, background=self.config.async_save)
+            self._write(content, meta, background=self.config.async_save)
+
+    def before_update(self) -> None:
+        """Wait until weights and moments may change: a background save may be copying them."""
+        self._writer.copied()
 
     def poll(self) -> None:
         """Finish a background save that is done. A collective: every rank must call it."""
@@ -115,6 +129,8 @@ class Checkpointer:
         """Finish what is being written and end the background workers."""
         self._writer.close()
         self._wait_for_removal()
+        if self._saver is not None:
+            self._saver.close()
 
     def load(self, state: TrainState) -> bool:
         """Load the newest usable checkpoint into `state`.
@@ -152,19 +168,8 @@ class Checkpointer:
     def _saved(self, step: int) -> None:
         self.last_saved = step
 
-    def _write_whole(self, state: TrainState) -> None:
-        """All of a save, to the deletion of old ones, in a process that ends after it."""
-        go_without(state.gradients())
-        self._write(state, background=False)
-        self._wait_for_removal()
-
-    def _write(self, state: TrainState, background: bool) -> None:
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.strategies.torch import (
-            TorchDistSaveShardedStrategy,
-        )
-
-        path = self._path(state.progress.step)
+    def _meta(self, state: TrainState) -> dict[str, Any]:
+        """The fields of meta.json."""
         meta = {
             "progress": asdict(state.progress),
             "layout": state.layout,
@@ -172,6 +177,20 @@ class Checkpointer:
         }
         if self.place is not None:
             meta["stage"] = self._stage_at(state.progress.step)
+        return meta
+
+    def _write_whole(self, content: dict[str, Any], meta: dict[str, Any]) -> None:
+        """All of a save, to the deletion of old ones, in the process that saves."""
+        self._write(content, meta, background=False)
+        self._wait_for_removal()
+
+    def _write(self, content: dict[str, Any], meta: dict[str, Any], background: bool) -> None:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies.torch import (
+            TorchDistSaveShardedStrategy,
+        )
+
+        path = self._path(meta["progress"]["step"])
         with self._writer.explained():
             on_first_rank(lambda: _clear(path))
         first = self._strategy is None
@@ -179,7 +198,7 @@ class Checkpointer:
             # Plans once what each rank writes where: a run's state keeps its structure.
             self._strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
         request = dist_checkpointing.save(
-            state_dict(state, loading=False),
+            content,
             str(path),
             self._strategy,
             # That every piece of every tensor is written once does not change either.

@@ -1,12 +1,8 @@
-"""An action in a forked process: it sees everything as it was, while this process goes on."""
+"""What processes forked from a trainer are able to do, and how they report."""
 
-import gc
 import os
 import pickle
 import queue
-import traceback
-from collections.abc import Callable
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -59,45 +55,3 @@ def end_with(parent: int) -> None:
     end_with_parent()
     if os.getppid() != parent:
         os._exit(1)
-
-
-class Forked:
-    """Runs an action in a child of this process that ends with it.
-
-    The child has one thread: those of OpenMP do not survive a fork, and it would wait for them.
-    """
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._outcome = Mailbox()
-        self._parent = os.getpid()
-        self._process = get_context("fork").Process(target=self._run, args=(action,))
-        self._process.start()
-
-    def ended(self, blocking: bool) -> bool:
-        """Whether it has ended, or has it end."""
-        if blocking:
-            self._process.join()
-        return not self._process.is_alive()
-
-    def outcome(self) -> Exception | None:
-        """What the action raised, after it has ended; ChildProcessError: it was killed."""
-        self._process.join()
-        try:
-            error: Exception | None = self._outcome.get_nowait()
-        except queue.Empty:
-            return ChildProcessError(f"exit code {self._process.exitcode}")
-        return error
-
-    def _run(self, action: Callable[[], None]) -> None:
-        end_with(self._parent)
-        gc.disable()  # it would look at every object, and so copy every page with one
-        torch.set_num_threads(1)
-        error: Exception | None = None
-        try:
-            action()
-        except KeyboardInterrupt:
-            os._exit(130)  # the trainer was interrupted too, and says so
-        except Exception as raised:  # by the parent again
-            raised.add_note("".join(traceback.format_exception(raised)))
-            error = raised
-        self._outcome.put(error)

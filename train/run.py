@@ -210,6 +210,9 @@ def _begin(
         shapes = pattern(recipe.stage).shapes
         tokens = max(s.sequence_length * s.micro_batch_size for s in shapes) // layout.cp
         give_back_activations(tokens, recipe.model.hidden_size)
+    checkpointer = Checkpointer(
+        folder / "checkpoints", recipe.checkpoint, data.fingerprint, say, place
+    )
     with Watchdog(
         start_limit(recipe, dist.get_world_size()),
         folder / "logs",
@@ -219,9 +222,6 @@ def _begin(
     ):
         state, routers = build_state(recipe, layout)
         state.law_tokens = place.span.law_tokens
-        checkpointer = Checkpointer(
-            folder / "checkpoints", recipe.checkpoint, data.fingerprint, say, place
-        )
         resumed = checkpointer.load(state)
         if not resumed and recipe.checkpoint.load is not None:
             say(f"weights of {load_weights(Path(recipe.checkpoint.load), state)}")

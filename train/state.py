@@ -46,11 +46,6 @@ class TrainState:
         self.schedule.num_steps = self.progress.consumed_tokens - self.law_tokens
         self.schedule.step(increment=0)
 
-    def gradients(self) -> list[tuple[int, int]]:
-        """Address and bytes of each buffer; of no use between two steps."""
-        buffers = [b for c in self.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
-        return [(b.grad_data.data_ptr(), b.grad_data.nbytes) for b in buffers]
-
     def gather_parameters(self) -> None:
         """Give every rank the whole of the last update, before its weights are read. With
         `overlap_param_gather` it has only its own share of it until the next forward pass."""

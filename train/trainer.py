@@ -172,6 +172,7 @@ class Trainer:
         state.optimizer.prepare_grads()
         result.grad_norm = float(state.optimizer.get_grad_norm())
         if result.finite:
+            self.checkpointer.before_update()
             _, _, zeros = state.optimizer.step()
             result.zero_grad_share = float(zeros) / self.gradient_elements
         else:

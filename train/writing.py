@@ -18,8 +18,9 @@ from data.ranks import raise_together
 from parallel.host_memory import go_without
 from recipes.errors import CheckpointError
 from train.checksums import Following, Sum
-from train.forked import Forked, Mailbox, end_with
+from train.forked import Mailbox, end_with
 from train.rundir import unusable
+from train.saver import Saver
 
 _MEGATRON = "megatron.core.dist_checkpointing.strategies"
 _DIED = "the process that wrote it died"
@@ -60,7 +61,7 @@ class Writer:
         """Of the files that all ranks have written, for the finalisers of a request."""
         self._path = run_dir
         self._background: Any = None
-        self._forked: Forked | None = None
+        self._saver: Saver | None = None
         self._done: Callable[[], None] = lambda: None
 
     def run(self, request: Any, path: Path, background: bool) -> None:
@@ -84,29 +85,35 @@ class Writer:
             else:
                 request.execute_sync()
 
-    def fork(self, save: Callable[[], None], path: Path, done: Callable[[], None]) -> None:
-        """Have a whole save done by a forked process; `poll` or `wait` raise what it raised.
+    def watch(self, saver: Saver, path: Path, done: Callable[[], None]) -> None:
+        """Have `poll` or `wait` raise what a whole save in another process raises.
 
         Args:
-            save: writes the checkpoint at `path`, from first to last.
+            saver: has started on it.
             path: the checkpoint.
             done: called here, after it is complete.
         """
-        assert self._forked is None
-        self._path, self._done = path, done
-        self._forked = Forked(save)
+        assert self._saver is None
+        self._path, self._done, self._saver = path, done, saver
+
+    def copied(self) -> None:
+        """Wait until nothing that is being saved is read here any more."""
+        if self._saver is not None:
+            with self._death_told():
+                self._saver.copied()
 
     def poll(self, blocking: bool) -> None:
         """Finish a background write that is done. A collective: every rank must call it."""
-        forked = self._forked
-        if forked is not None and forked.ended(blocking):
-            self._forked = None
-            error = forked.outcome()
-            if isinstance(error, ChildProcessError):  # what it left goes with the next save
-                raise self._failed(_DIED) from error
-            if error is not None:
-                raise error
-            self._done()
+        saver = self._saver
+        if saver is not None:
+            with self._death_told():
+                ended = saver.ended(blocking)
+                error = saver.outcome() if ended else None
+            if ended:
+                self._saver = None
+                if error is not None:
+                    raise error
+                self._done()
         if self._background is not None:
             with self.explained():
                 self._background.maybe_finalize_async_calls(blocking=blocking)
@@ -128,6 +135,14 @@ class Writer:
             if reason is None:
                 raise
             raise self._failed(reason) from error
+
+    @contextlib.contextmanager
+    def _death_told(self) -> Iterator[None]:
+        try:
+            yield
+        except ChildProcessError as error:  # what it left goes with the next save
+            self._saver = None
+            raise self._failed(_DIED) from error
 
     def _check(self) -> None:
         """First of the finalisers: every rank has written, or every rank raises."""

@@ -6,8 +6,9 @@ prints one JSON object: for the real state of experiment=small (or another) and 
 the seconds for which a synchronous and an asynchronous save stop the trainer, the bytes a second
 of the former as a share of a plain write with sync, and what checksums cost saving and loading.
 A synchronous save stops it until the checkpoint is complete; an asynchronous one of one rank on a
-host, as here, while the process forks. What else the latter costs (pages are copied, memory and
-disk are shared) is seen with --data: by how much each save makes runs of `python -m train` longer.
+host, as here, while the state is described to another process, which then copies it (async_copy: a
+step may not end before that). What else the latter costs (memory and disk are shared) is seen with
+--data: by how much each save makes runs of `python -m train` longer.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,33 +77,34 @@ def seconds(action: Callable[[], object]) -> float:
 class Saves:
     """Checkpoints of a state, one after the other, in a folder."""
 
-    def __init__(self, folder: Path, state: Any, background: bool) -> None:
+    def __init__(self, folder: Path, background: bool) -> None:
         from recipes.schema import CheckpointConfig
         from train.checkpoint import Checkpointer
 
-        self.state = state
         config = CheckpointConfig(async_save=background, keep_last=1)
         self.checkpointer = Checkpointer(folder, config, lambda n: "no data", print)
 
-    def once(self) -> dict[str, float]:
+    def once(self, state: Any) -> dict[str, float]:
         """Save, train meanwhile (wait), and become the latest; seconds of each part."""
-        self.state.progress.step += 1
-        parts = {"hand_over": seconds(lambda: self.checkpointer.save(self.state))}
-        forked = self.checkpointer._writer._forked
-        parts["background"] = seconds(lambda: forked.ended(blocking=True)) if forked else 0.0
+        state.progress.step += 1
+        parts = {"hand_over": seconds(lambda: self.checkpointer.save(state))}
+        saver = self.checkpointer._saver
+        parts["copy"] = seconds(self.checkpointer.before_update)
+        parts["background"] = seconds(lambda: saver.ended(blocking=True)) if saver else 0.0
         parts["finish"] = seconds(self.checkpointer.poll)
         return parts
 
 
-def measure(folder: Path, state: Any, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, make_state: Callable[[], Any], rounds: int) -> dict[str, Any]:
     """All figures of one state; medians of some rounds."""
     (folder / "checkpoints").mkdir(parents=True)
     checkpoints = folder / "checkpoints"
-    sync, background = [Saves(checkpoints, state, b) for b in (False, True)]
+    sync, background = [Saves(checkpoints, b) for b in (False, True)]  # before there is a state
+    state = make_state()
     found: dict[str, list[float]] = {}
     size = 0
     for i in range(rounds + 1):
-        one = {"sync": sync.once()["hand_over"]}
+        one = {"sync": sync.once(state)["hand_over"]}
         files = list((checkpoints / f"iter_{state.progress.step:07d}").iterdir())
         size = sum(f.stat().st_size for f in files)
         one["checksums"] = seconds(lambda: _hash(files))  # noqa: B023
@@ -109,7 +112,7 @@ def measure(folder: Path, state: Any, rounds: int) -> dict[str, Any]:
         one["checksums_from_disk"] = seconds(lambda: _hash(files))  # noqa: B023
         drop_caches(files[0].parent)
         one["load"] = seconds(lambda: sync.checkpointer.load(state)) if i else 0.0
-        parts = background.once()
+        parts = background.once(state)
         one["async"] = parts["hand_over"] + parts["finish"]
         one |= {f"async_{name}": value for name, value in parts.items()}
         one["plain"] = plain_write(folder / "plain", size)
@@ -145,10 +148,6 @@ class Synthetic:
     def gather_parameters(self) -> None:
         """One rank has all of them."""
 
-    def gradients(self) -> list[tuple[int, int]]:
-        """None."""
-        return []
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.save")
@@ -168,9 +167,9 @@ def main() -> None:
     result: dict[str, Any] = {}
     try:
         with one_rank():
-            state = real_state(chosen.experiment)
-            result[chosen.experiment] = measure(root / "real", state, chosen.rounds)
-            del state
+            result[chosen.experiment] = measure(
+                root / "real", partial(real_state, chosen.experiment), chosen.rounds
+            )
             shutil.rmtree(root)
             result["synthetic"] = measure_synthetic(root / "synthetic", chosen)
         if chosen.data is not None:
@@ -212,8 +211,6 @@ def measure_synthetic(folder: Path, chosen: argparse.Namespace) -> dict[str, Any
 
     from train import checkpoint
 
-    state = Synthetic(synthetic_state(chosen.state_gb))
-
     def state_dict(state: Synthetic, loading: bool) -> dict[str, Any]:
         return dict(state.tensors)
 
@@ -221,7 +218,7 @@ def measure_synthetic(folder: Path, chosen: argparse.Namespace) -> dict[str, Any
         mock.patch.object(checkpoint, "state_dict", state_dict),
         mock.patch.object(checkpoint.Checkpointer, "load", _load_synthetic),
     ):
-        return measure(folder, state, chosen.rounds)
+        return measure(folder, lambda: Synthetic(synthetic_state(chosen.state_gb)), chosen.rounds)
 
 
 def _load_synthetic(checkpointer: Any, state: Synthetic) -> None:
