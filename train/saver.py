@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from parallel.other_memory import Block, allow_reading, read_memory
-from train.forked import end_with
+from train.forked import work_for
 from train.guards import STOP_SIGNALS
 
 _LARGE = 1 << 16
@@ -44,8 +44,8 @@ class Saver:
 
     def __init__(self, action: Callable[..., None], say: Callable[[str], None]) -> None:
         self._say = say
-        self._by_address = True
-        self._held: tuple[Any, ...] | None = None
+        self._by_address, self._tried = True, False
+        self._held: list[torch.Tensor] | None = None
         """What is being copied."""
         self._code: int | None = None
         trainer = os.getpid()
@@ -65,37 +65,31 @@ class Saver:
         allow_reading(self._process)
 
     def start(self, *arguments: Any) -> None:
-        """Have the action done with these.
+        """Have the action done with these; the first time also wait until they have been copied.
 
         Raises:
             ChildProcessError: the process has died.
         """
         assert self._held is None
-        packed, blocks, tensors = _pack(arguments, self._by_address)
-        self._held = (arguments, tensors)
-        try:
-            self._pipe.send_bytes(packed)
-            self._pipe.send(blocks)
-        except OSError as error:
-            raise self._death() from error
-
-    def copied(self) -> None:
-        """Wait until the tensors have been copied.
-
-        Raises:
-            ChildProcessError: the process has died.
-        """
-        while self._held is not None:
-            refused = self._receive()
-            arguments, _ = self._held
-            self._held = None
-            if refused:
+        self._send(arguments)
+        if not self._tried:
+            self._tried = True
+            if refused := self._answer():
                 self._say(
                     f"the writer of checkpoints may not read this process's memory ({refused}): "
                     "training waits while states are sent to it"
                 )
                 self._by_address = False
-                self.start(*arguments)
+                self._send(arguments)
+
+    def copied(self) -> None:
+        """Wait until the tensors have been copied.
+
+        Raises:
+            ChildProcessError: the process has died, or cannot read them any more.
+        """
+        if self._held is not None and (refused := self._answer()):
+            raise ChildProcessError(refused)
 
     def ended(self, blocking: bool) -> bool:
         """Whether the action has ended, or has it end."""
@@ -114,6 +108,20 @@ class Saver:
         """End it."""
         self._pipe.close()
         self._reap()
+
+    def _send(self, arguments: tuple[Any, ...]) -> None:
+        packed, blocks, self._held = _pack(arguments, self._by_address)
+        try:
+            self._pipe.send_bytes(packed)
+            self._pipe.send(blocks)
+        except OSError as error:
+            raise self._death() from error
+
+    def _answer(self) -> str | None:
+        """Why the tensors could not be copied."""
+        refused: str | None = self._receive()
+        self._held = None
+        return refused
 
     def _receive(self) -> Any:
         try:
@@ -134,7 +142,7 @@ class Saver:
 
 def _serve(trainer: int, pipe: Any, action: Callable[..., None]) -> NoReturn:
     """What the process does until its trainer closes the pipe, which is an EOFError."""
-    end_with(trainer)
+    work_for(trainer)
     for number in STOP_SIGNALS:  # meant for the trainer, which then saves
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork, and would be waited for

@@ -18,7 +18,7 @@ from data.ranks import raise_together
 from parallel.host_memory import go_without
 from recipes.errors import CheckpointError
 from train.checksums import Following, Sum
-from train.forked import Mailbox, end_with
+from train.forked import Mailbox, work_for
 from train.rundir import unusable
 from train.saver import Saver
 
@@ -204,7 +204,7 @@ class _Telling:
         logger = logging.getLogger(f"{_MEGATRON}.filesystem_async")
         logger.addHandler(collector)
         if os.getpid() != self._trainer:
-            end_with(self._trainer)
+            work_for(self._trainer)
             go_without()
         try:
             with files.following(), _no_crc():

@@ -8,15 +8,13 @@ of the former as a share of a plain write with sync, and what checksums cost sav
 A synchronous save stops it until the checkpoint is complete; an asynchronous one of one rank on a
 host, as here, while the state is described to another process, which then copies it (async_copy: a
 step may not end before that). What else the latter costs (memory and disk are shared) is seen with
---data: by how much each save makes runs of `python -m train` longer.
+--data: how much longer the steps after a save take.
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -155,8 +153,10 @@ def main() -> None:
     parser.add_argument("--experiment", default="small")
     parser.add_argument("--state-gb", type=float, default=4.0, help="of the synthetic state")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--data", type=Path, help="STRATA_DATA for real runs; none without")
+    parser.add_argument("--data", type=Path, help="STRATA_DATA for steps; none without")
     chosen = parser.parse_args()
+    if chosen.data is not None:
+        os.environ["STRATA_DATA"] = str(chosen.data)
     from model.backends import install_backends
 
     install_backends("host")
@@ -172,36 +172,67 @@ def main() -> None:
             )
             shutil.rmtree(root)
             result["synthetic"] = measure_synthetic(root / "synthetic", chosen)
-        if chosen.data is not None:
-            result["training"] = measure_training(root, chosen.experiment, chosen.data)
+            if chosen.data is not None:
+                result["training"] = measure_training(
+                    root / "training", chosen.experiment, 2 * chosen.rounds
+                )
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(json.dumps(result, indent=1))
 
 
-def measure_training(folder: Path, experiment: str, data: Path) -> dict[str, float]:
-    """Seconds that a save in the middle of a run adds to it; one thread, the writer has another."""
-    steps, every = 24, 4
-    taken = {}
-    for name, words in {
-        "none": [f"checkpoint.save_interval={steps}"],
-        "sync": [f"checkpoint.save_interval={every}", "checkpoint.async_save=false"],
-        "async": [f"checkpoint.save_interval={every}", "checkpoint.async_save=true"],
-    }.items():
-        run = [f"experiment={experiment}", f"run.dir={folder / name}", f"stage.train_steps={steps}"]
-        shape = ["stage.sequence_length=512", "stage.global_batch_size=2", "stage.eval_interval=99"]
-        command = [sys.executable, "-m", "train", *run, *shape, "stage.micro_batch_size=2", *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "STRATA_DATA": str(data)}
+def measure_training(folder: Path, experiment: str, rounds: int) -> dict[str, Any]:
+    """Seconds that a save adds to the steps after it, beside as many steps just before and just
+    after them (machines are not equally fast all the time). The trainer has one thread."""
+    import torch
+
+    from model.validate import validate_recipe
+    from recipes.compose import load_recipe
+    from train.batches import Batches
+    from train.build import build_state
+    from train.trainer import Trainer
+
+    shape = ["stage.sequence_length=512", "stage.global_batch_size=2", "stage.micro_batch_size=2"]
+    recipe = load_recipe([f"experiment={experiment}", f"run.dir={folder}", *shape])
+    folder.mkdir()
+    saves = {mode: Saves(folder, mode == "async") for mode in ("sync", "async")}
+    layout = validate_recipe(recipe, 1)
+    state, routers = build_state(recipe, layout)
+    data, torch_threads = Batches(recipe, layout.dp), torch.get_num_threads()
+    checkpointer = saves["sync"].checkpointer
+    trainer = Trainer(recipe, state, routers, data, checkpointer, None, [1.0])  # type: ignore[arg-type]
+    torch.set_num_threads(1)
+
+    def some_steps(mode: str | None) -> float:
+        """Longer than a save takes."""
+        trainer.checkpointer = saves[mode or "sync"].checkpointer
         started = time.perf_counter()
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        taken[name] = time.perf_counter() - started
-        shutil.rmtree(folder / name)
-    saves = steps // every - 1  # and the last one, which all runs have
-    cost = {name: (taken[name] - taken["none"]) / saves for name in ("sync", "async")}
+        if mode is not None:
+            trainer.checkpointer.save(state)
+        for _ in range(3):
+            trainer._step()
+            trainer.checkpointer.poll()
+        taken = time.perf_counter() - started
+        trainer.checkpointer.wait()
+        return taken
+
+    added: dict[str, list[float]] = {"sync": [], "async": []}
+    for i in range(rounds + 1):
+        before = some_steps(None)
+        for mode in added:
+            with_save, after = some_steps(mode), some_steps(None)
+            if i:  # the first ones warm up
+                added[mode].append(with_save - (before + after) / 2)
+            before = after
+    for one in saves.values():
+        one.checkpointer.close()
+    torch.set_num_threads(torch_threads)
+    cost = {mode: median(values) for mode, values in added.items()}
     return {
         "seconds_a_sync_save_adds": round(cost["sync"], 3),
         "seconds_an_async_save_adds": round(cost["async"], 3),
         "async_of_sync": round(cost["async"] / cost["sync"], 3),
+        "all": {mode: [round(v, 3) for v in values] for mode, values in added.items()},
     }
 
 

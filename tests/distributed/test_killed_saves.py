@@ -109,17 +109,15 @@ def keep_saving(
     from train.hashes import parameters_hash
 
     with laid_out(REFERENCE if world == 1 else TWO_RANKS, world) as (recipe, layout):
-        running = trainer(recipe, layout, run)
-        running.checkpointer.config.async_save = background
-        running.checkpointer.config.keep_last = 1
+        if event is not None:  # before the process that saves is forked, which is killed too
+            mine = event if rank == victim else None
+            Executioner(run / "checkpoints", mine, run / f"events{rank}")
+        running = trainer(recipe, layout, run, async_save=background, keep_last=1)
         state, found = running.state, []
         running.checkpointer.load(state)
         found.append((state.progress.step, parameters_hash(state.chunks)))
         if rank == 0:
             (run / "loaded").write_text(json.dumps(found[0]))
-        if event is not None:
-            mine = event if rank == victim else None
-            Executioner(run / "checkpoints", mine, run / f"events{rank}")
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

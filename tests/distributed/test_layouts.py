@@ -64,19 +64,21 @@ class Text:
             yield get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
 
 
-def trainer(recipe: Any, layout: Any, folder: Path) -> Any:
-    """A trainer whose run is in `folder`."""
+def trainer(recipe: Any, layout: Any, folder: Path, **checkpoints: Any) -> Any:
+    """A trainer whose run is in `folder`.
+
+    Args:
+        checkpoints: fields of recipe.checkpoint.
+    """
     from recipes.schema import CheckpointConfig
     from train.build import build_state
     from train.checkpoint import Checkpointer
     from train.trainer import Trainer
 
     recipe.run.dir = str(folder)
+    data, config = Text(recipe, layout.dp), CheckpointConfig(**checkpoints)
+    checkpointer = Checkpointer(folder / "checkpoints", config, data.fingerprint, lambda _: None)
     state, routers = build_state(recipe, layout)
-    data = Text(recipe, layout.dp)
-    checkpointer = Checkpointer(
-        folder / "checkpoints", CheckpointConfig(), data.fingerprint, lambda message: None
-    )
     return Trainer(recipe, state, routers, data, checkpointer, None, [1.0])  # type: ignore[arg-type]
 
 
