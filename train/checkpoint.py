@@ -108,8 +108,9 @@ class Checkpointer:
         if self._saver is not None:
             step = state.progress.step
             apply_factories(content)  # a factory is known here only
-            self._saver.start(content, meta)
-            self._writer.watch(self._saver, self._path(step), lambda: self._saved(step))
+            self._writer.hand_over(
+                self._saver, (content, meta), self._path(step), lambda: self._saved(step)
+            )
         else:
             self._write(content, meta, background=self.config.async_save)
 
@@ -129,6 +130,12 @@ class Checkpointer:
         """Finish what is being written and end the background workers."""
         self._writer.close()
         self._wait_for_removal()
+        if self._saver is not None:
+            self._saver.close()
+
+    def leave(self) -> None:
+        """After an error, which other ranks may not know of: let a save that another process does
+        for one rank come to its end."""
         if self._saver is not None:
             self._saver.close()
 

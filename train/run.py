@@ -175,7 +175,11 @@ def _train(
                 place,
                 watchdog.beat,
             )
-            code = trainer.fit()
+            try:
+                code = trainer.fit()
+            except Exception:
+                checkpointer.leave()
+                raise
         if code == EXIT_COMPLETE and place.following is not None and stop.agreed():
             code = EXIT_STOPPED
     finally:

@@ -5,6 +5,7 @@ each that it writes to while the other lives. This one is forked once, while the
 and copies states out of the trainer's memory into its own.
 """
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -105,7 +106,9 @@ class Saver:
         return error
 
     def close(self) -> None:
-        """End it."""
+        """End it, after what it is at."""
+        with contextlib.suppress(ChildProcessError):
+            self.copied()
         self._pipe.close()
         self._reap()
 

@@ -117,8 +117,9 @@ def _measure(
     if not data.has_validation:
         raise ConfigError("data.validation=[] leaves no held-out text to measure on; give a blend")
     state, _ = build_state(recipe, layout)
+    only_loads = replace(recipe.checkpoint, async_save=False)
     loaded = Checkpointer(
-        folder / "checkpoints", recipe.checkpoint, data.fingerprint, lambda text: None
+        folder / "checkpoints", only_loads, data.fingerprint, lambda text: None
     ).load(state)
     assert loaded, "there is a checkpoint"
     probe = Probe(recipe, layout, policy, state.chunks, data)

@@ -85,16 +85,22 @@ class Writer:
             else:
                 request.execute_sync()
 
-    def watch(self, saver: Saver, path: Path, done: Callable[[], None]) -> None:
-        """Have `poll` or `wait` raise what a whole save in another process raises.
+    def hand_over(
+        self, saver: Saver, content: tuple[Any, ...], path: Path, done: Callable[[], None]
+    ) -> None:
+        """Have another process do a whole save; `copied`, `poll` or `wait` raise what it raised.
 
         Args:
-            saver: has started on it.
+            saver: the process.
+            content: what it is given.
             path: the checkpoint.
             done: called here, after it is complete.
         """
         assert self._saver is None
-        self._path, self._done, self._saver = path, done, saver
+        self._path, self._done = path, done
+        with self._death_told():
+            saver.start(*content)
+        self._saver = saver
 
     def copied(self) -> None:
         """Wait until nothing that is being saved is read here any more."""

@@ -18,7 +18,8 @@ SLOW = 2.0
 
 
 def saved_while_training(rank: int, world_size: int, run: Path, readable: bool) -> None:
-    """Two saves, each with a step after it, then what each loads as against what it should."""
+    """Two saves, each with a step after it, then what each loads as against what it should; the
+    second one comes to its end although training does not."""
     from train import saver
 
     read = saver.read_memory
@@ -38,7 +39,7 @@ def saved_while_training(rank: int, world_size: int, run: Path, readable: bool) 
             states[state.progress.step] = everything(state)
             running.checkpointer.save(state)
             running._step()
-        running.checkpointer.close()
+        running.checkpointer.leave()
         # Weights, moments and all else came through; and none is what came a step later.
         for step, was in states.items():
             (run / "checkpoints" / "latest").write_text(f"iter_{step:07d}\n")

@@ -70,6 +70,22 @@ def test_a_killed_rank(rank: int, data: Path, tmp_path: Path, undisturbed: Path)
     goes_on(command, run, undisturbed)
 
 
+def test_a_killed_writer(data: Path, tmp_path: Path) -> None:
+    """The process that saves in the background of one rank."""
+    run = tmp_path / "run"
+    command = train(data, run, "checkpoint.async_save=true", "checkpoint.save_interval=2")
+    process = command.start()
+    wait_for_step(process, run, 3)
+    (writer,) = psutil.Process(process.pid).children()
+    writer.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in output, output
+    (message,) = [line for line in output.splitlines() if "Error: " in line]
+    assert "was not saved: the process that wrote it died" in message
+    assert "the last checkpoint is intact" in message
+    assert "resumed at step" in command.run()
+
+
 def test_a_hung_rank(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = train(data, run, *TWO_RANKS, "guard.progress_timeout_minutes=0.2").overrides

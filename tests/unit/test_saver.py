@@ -132,6 +132,22 @@ def test_what_it_raises() -> None:
             assert "in fail" in error.__notes__[0], "where it happened"
 
 
+def test_it_ends_after_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = module.read_memory
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.3)
+        read(*arguments)
+
+    monkeypatch.setattr(module, "read_memory", late)
+    seen = Mailbox()
+    with saving(lambda *given: seen.put(given)) as saver:
+        saver.start(torch.zeros(10**5))
+        assert saver.ended(blocking=True) and saver.outcome() is None
+        saver.start(torch.ones(10**5))
+    assert seen.get_nowait()[0].sum().item() == 10**5
+
+
 def test_one_that_is_killed() -> None:
     with saving(lambda: os.kill(os.getpid(), signal.SIGKILL)) as saver:
         saver.start()
