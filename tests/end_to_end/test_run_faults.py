@@ -4,6 +4,7 @@ and the same command goes on bit for bit."""
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -73,9 +74,12 @@ def test_a_killed_rank(rank: int, data: Path, tmp_path: Path, undisturbed: Path)
 def test_a_killed_writer(data: Path, tmp_path: Path) -> None:
     """The process that saves in the background of one rank."""
     run = tmp_path / "run"
-    command = train(data, run, "checkpoint.async_save=true", "checkpoint.save_interval=2")
+    often = ("checkpoint.async_save=true", "checkpoint.save_interval=2", "stage.train_steps=60")
+    command = train(data, run, *often)
     process = command.start()
-    wait_for_step(process, run, 3)
+    while not (run / "checkpoints/latest").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     (writer,) = psutil.Process(process.pid).children()
     writer.kill()
     output, _ = process.communicate(timeout=60)
