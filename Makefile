@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 # The tensors of the tests and of the demo are small: more threads would wait for each other.
 export OMP_NUM_THREADS ?= 2
 
-# Two workers of pytest, a file of tests to each at a time: what a file shares is made once.
-PARALLEL ?= -n 2 --dist loadfile
+# Three workers of pytest, as many tests wait for other processes; a file of tests to each at a time:
+# what a file shares is made once.
+PARALLEL ?= -n 3 --dist loadfile
 
 .PHONY: help setup demo test test-all test-cluster test-cluster-quick cluster cluster-stop check clean
 .DELETE_ON_ERROR:

@@ -95,10 +95,8 @@ def joined(chunks: list[dict[str, str]], lengths: list[int]) -> dict[str, str]:
     return whole
 
 
-@pytest.mark.parametrize(
-    "experiment",
-    [e if e.startswith("super") else pytest.param(e, marks=pytest.mark.slow) for e in FAMILY],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", FAMILY)
 def test_formats_do_not_depend_on_the_stages(experiment: str) -> None:
     ranks = run_distributed(local_formats, 4, experiment)
     for pp, virtual in LAYOUTS:

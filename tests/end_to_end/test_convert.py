@@ -86,6 +86,7 @@ def test_a_run_goes_out_in_nvfp4(data: Path, straight: Path, tmp_path: Path):
     assert names["quantization_config"]
 
 
+@pytest.mark.slow
 def test_activations_are_scaled_by_their_largest(data: Path, straight: Path, tmp_path: Path):
     """All linear modules, against the same weights and tokens in plain float64 arithmetic; the run
     is in BF16."""

@@ -57,6 +57,7 @@ def run(*overrides: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_default_corpus_small(tmp_path):
     first = run(*SMALL, folder=tmp_path)
     assert first.returncode == 0, first.stderr

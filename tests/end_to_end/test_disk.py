@@ -35,6 +35,7 @@ def test_a_full_disk_costs_no_checkpoint(
     assert tree(run) == before
 
 
+@pytest.mark.slow
 def test_a_failed_background_write_ends_every_rank(data: Path, small_disk: "SmallDisk") -> None:
     run = small_disk.folder / "run"
     message = train(

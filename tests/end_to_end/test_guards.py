@@ -92,6 +92,7 @@ def test_rollback_goes_back_and_never_sees_the_batch_again(data: Path, tmp_path:
     assert bad_steps(run)[0]["action"] == "rollback"
 
 
+@pytest.mark.slow
 def test_a_rollback_with_nothing_to_go_back_to_is_a_stop(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("guard.non_finite=rollback", "checkpoint.save_interval=4")

@@ -54,6 +54,7 @@ def test_measure_choose_and_train(data: Path, straight: Path, tmp_path: Path) ->
         assert ran[name] == ("bf16" if name in chosen["protected"] else module["format"])
 
 
+@pytest.mark.slow
 def test_refused_without_what_it_needs(data: Path, straight: Path, tmp_path: Path) -> None:
     assert "has no checkpoint" in study(data, tmp_path / "none").refused()
     nothing = replace(train(data, straight), module="precision.sensitivity")

@@ -76,6 +76,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert essence(records(run)) == essence(records(straight))
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_one_goes_on(data: Path, straight: Path, tmp_path: Path) -> None:
     """Stopped between an update and the forward pass that would have gathered it: the checkpoint
     must hold all of the update."""
@@ -94,6 +95,7 @@ def test_two_ranks_train_and_one_goes_on(data: Path, straight: Path, tmp_path: P
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(data: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight, run)
