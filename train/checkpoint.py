@@ -96,7 +96,7 @@ class Checkpointer:
         from megatron.core.dist_checkpointing.mapping import apply_factories
 
         self.wait()
-        if not self._frozen:
+        if self._saver is None and not self._frozen:
             # Megatron collects garbage in every save and before every fork. What exists by now
             # lives as long as the run, and is passed over from here on.
             gc.collect()

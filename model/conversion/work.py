@@ -5,6 +5,8 @@ readable are written after all parts, and the notes go after them, at one stroke
 or has the notes with which the same command goes on.
 """
 
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -19,7 +21,7 @@ from typing import Any
 from recipes.errors import CheckpointError
 
 _NOTES = ".conversion"
-_TASK = "task.json"
+_TASK, _LOCK = "task.json", "lock"
 
 
 def explained[**P, R](write: Callable[P, R]) -> Callable[P, R]:
@@ -54,7 +56,7 @@ class Work:
         task: what is written and from what; JSON. Work goes on only where it is the same.
 
     Raises:
-        CheckpointError: the folder holds something else.
+        CheckpointError: the folder holds something else, or another command is at it.
     """
 
     def __init__(self, target: Path, task: dict[str, Any]) -> None:
@@ -67,12 +69,27 @@ class Work:
                     f"{target} holds the unfinished work of another command; remove it, or choose "
                     "another folder"
                 )
+            self._lock()
             return
         # A kill may have left the folder of the notes, but not yet the first of them.
         if target.exists() and any(path != self._notes for path in target.iterdir()):
             raise CheckpointError(f"{target} is not empty; choose another folder, or remove it")
         self._notes.mkdir(parents=True, exist_ok=True)
+        self._lock()
         _write(note, json.dumps(task, indent=1).encode())
+
+    def _lock(self) -> None:
+        """For as long as this process has the file open; where the file system has no locks nobody
+        is refused."""
+        self._locked = (self._notes / _LOCK).open("w")
+        try:
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(
+                    f"another command is writing {self.target}; wait until it has ended, or choose "
+                    "another folder"
+                ) from None
 
     def run(
         self,
@@ -115,6 +132,7 @@ class Work:
         """Everything is written: drop the notes."""
         dropped = self._notes.with_name(f"{_NOTES}.done")
         os.rename(self._notes, dropped)
+        self._locked.close()
         shutil.rmtree(dropped)
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +479,28 @@ def test_an_interrupt_ends_it_after_the_parts_being_written(tmp_path: Path):
     assert 1 < len(written) < 100
     noted = {int(note.stem) for note in (tmp_path / "target").rglob("*.pickle")}
     assert noted == set(written)
+
+
+def test_two_commands_at_once(tmp_path: Path):
+    """The same command, started twice: the second is refused while the first is at it."""
+    target, context = tmp_path / "target", get_context("fork")
+    began, end = context.Event(), context.Event()
+
+    def first() -> None:
+        work = Work(target, {"task": "any"})
+        began.set()
+        end.wait(60)
+        work.finish()
+
+    process = context.Process(target=first)
+    process.start()
+    assert began.wait(60)
+    with pytest.raises(CheckpointError, match="another command is writing .*/target; wait until"):
+        Work(target, {"task": "any"})
+    end.set()
+    process.join(60)
+    assert process.exitcode == 0 and not any(target.iterdir())
+    Work(target, {"task": "any"}).finish()
 
 
 def test_another_model_is_another_command(
