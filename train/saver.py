@@ -94,10 +94,11 @@ class Saver:
 
     def ended(self, blocking: bool) -> bool:
         """Whether the action has ended, or has it end."""
-        if not blocking and not self._pipe.poll():
+        seconds = None if blocking else 0
+        if not self._pipe.poll(seconds):
             return False
         self.copied()
-        return blocking or self._pipe.poll()
+        return self._pipe.poll(seconds)
 
     def outcome(self) -> Exception | None:
         """What the action raised; ChildProcessError: the process has died."""
