@@ -52,7 +52,7 @@ def can_act() -> bool:
 def work_for(trainer: int) -> None:
     """In a forked process: end with the trainer, as one that outlives it would write into what the
     next start writes; and let it go first where there are fewer cores than threads (measured, small
-    with two threads on two cores: 0.8 s lost to a save instead of 2.4)."""
+    with two threads on two cores: less than 0.8 s lost to a save instead of 2.4)."""
     end_with_parent()
     if os.getppid() != trainer:
         os._exit(1)

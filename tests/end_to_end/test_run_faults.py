@@ -74,8 +74,8 @@ def test_a_killed_rank(rank: int, data: Path, tmp_path: Path, undisturbed: Path)
 def test_a_killed_writer(data: Path, tmp_path: Path) -> None:
     """The process that saves in the background of one rank."""
     run = tmp_path / "run"
-    often = ("checkpoint.async_save=true", "checkpoint.save_interval=2", "stage.train_steps=60")
-    command = train(data, run, *often)
+    saves = ("checkpoint.async_save=true", "checkpoint.save_interval=10", "stage.train_steps=30")
+    command = train(data, run, *saves)
     process = command.start()
     while not (run / "checkpoints/latest").exists():
         assert process.poll() is None

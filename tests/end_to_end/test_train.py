@@ -53,9 +53,8 @@ def test_the_same_command_gives_the_same_bits(data: Path, straight: Path, tmp_pa
     assert records(run) == lines
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_signals.py has one while a checkpoint is written
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_command_goes_on(
     number: signal.Signals, data: Path, straight: Path, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def calibration(file: Path, native: Path, **changes: Any) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_modelopt_writes_the_same_bytes(exported: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Codes, both scales of the weights and that of the activations, and what is hard to round."""
     native, plain, _ = exported
