@@ -56,7 +56,7 @@ class Saver:
             self._pipe.close()
             try:
                 _serve(trainer, theirs, action)
-            except (EOFError, BrokenPipeError):  # nobody waits for it any more
+            except (EOFError, ConnectionError):  # nobody waits for it any more
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()

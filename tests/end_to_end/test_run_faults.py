@@ -90,6 +90,15 @@ def test_a_killed_writer(data: Path, tmp_path: Path) -> None:
     assert "resumed at step" in command.run()
 
 
+def test_an_error_loses_no_save_in_the_background(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    saves = ("checkpoint.async_save=true", "checkpoint.save_interval=2")
+    words = ["4", *train(data, run, *saves).overrides]
+    message = Command(words, data, "tests.end_to_end.failing_train").refused()
+    assert "the data is gone" in message
+    assert (run / "checkpoints/latest").read_text() == "iter_0000004\n"
+
+
 def test_a_hung_rank(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = train(data, run, *TWO_RANKS, "guard.progress_timeout_minutes=0.2").overrides

@@ -132,7 +132,10 @@ def test_what_it_raises() -> None:
             assert "in fail" in error.__notes__[0], "where it happened"
 
 
-def test_it_ends_after_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_after_what_it_is_at(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether its outcome is read or not."""
     read = module.read_memory
 
     def late(*arguments: Any) -> None:
@@ -146,6 +149,10 @@ def test_it_ends_after_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
         assert saver.ended(blocking=True) and saver.outcome() is None
         saver.start(torch.ones(10**5))
     assert seen.get_nowait()[0].sum().item() == 10**5
+    with saving(lambda: None) as saver:
+        saver.start()
+        time.sleep(0.3)
+    assert saver._code == 0 and "Traceback" not in capfd.readouterr().err
 
 
 def test_one_that_is_killed() -> None:
