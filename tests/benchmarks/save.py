@@ -1,10 +1,14 @@
 """What saving costs training, and how fast it writes, beside a plain write of the same bytes.
 
     python -m tests.benchmarks.save --folder /a/disk/with/room [--rounds 3] [--data corpora]
+        [--tensor-mb 0.25 1 4 16 64]
 
 prints one JSON object: for the real state of experiment=small (or another) and for a synthetic one,
 the seconds for which a synchronous and an asynchronous save stop the trainer, the bytes a second
 of the former as a share of a plain write with sync, and what checksums cost saving and loading.
+Synchronous saves and plain writes alternate, each after as many bytes were deleted: a plain write
+takes 0.6 s or 3.6 s here by which pages the kernel finds for its cache. `fastest` compares the
+fastest of each. With --tensor-mb also those of states of tensors of these sizes.
 A synchronous save stops it until the checkpoint is complete; an asynchronous one of one rank on a
 host, as here, while the state is described to another process, which then copies it (async_copy: a
 step may not end before that). What else the latter costs (memory and disk are shared) is seen with
@@ -12,11 +16,12 @@ step may not end before that). What else the latter costs (memory and disk are s
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,14 +43,13 @@ def real_state(experiment: str) -> Any:
     return state
 
 
-def synthetic_state(gigabytes: float) -> dict[str, Any]:
-    """Tensors of 64 MiB as the state dictionary of a model and its optimizer."""
+def synthetic_state(gigabytes: float, megabytes: float = 64) -> dict[str, Any]:
+    """Tensors of so many MiB as the state dictionary of a model and its optimizer."""
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    rows = 2**12
-    count = max(1, round(gigabytes * 1e9 / (rows * rows * 4)))
-    noise = torch.randn(rows, rows)
+    noise = torch.randn(round(megabytes * 2**8), 2**10)
+    count = max(1, round(gigabytes * 1e9 / noise.nbytes))
     return {
         f"w{i}": ShardedTensor.from_rank_offsets(f"w{i}", noise.clone(), replica_id=0)
         for i in range(count)
@@ -90,7 +94,32 @@ class Saves:
         parts["copy"] = seconds(self.checkpointer.before_update)
         parts["background"] = seconds(lambda: saver.ended(blocking=True)) if saver else 0.0
         parts["finish"] = seconds(self.checkpointer.poll)
+        self.checkpointer._wait_for_removal()
         return parts
+
+    def files(self, state: Any) -> list[Path]:
+        """Of the latest."""
+        return list(self.checkpointer._path(state.progress.step).iterdir())
+
+
+def measure_writes(saves: Saves, state: Any, rounds: int) -> dict[str, float]:
+    """Synchronous saves beside plain writes of as many bytes."""
+    taken: dict[str, list[float]] = {"sync": [], "plain": []}
+    for i in range(rounds + 1):
+        sync = saves.once(state)["hand_over"]
+        size = sum(f.stat().st_size for f in saves.files(state))
+        plain = plain_write(saves.checkpointer.folder.parent / "plain", size)
+        if i:  # the first one warms up
+            taken["sync"].append(sync)
+            taken["plain"].append(plain)
+    sync, plain = median(taken["sync"]), median(taken["plain"])
+    return {
+        "gigabytes": round(size / 1e9, 3),
+        "write_of_plain": round(plain / sync, 3),
+        "fastest": round(min(taken["plain"]) / min(taken["sync"]), 3),
+        "sync": round(sync, 4),
+        "plain": round(plain, 4),
+    }
 
 
 def measure(folder: Path, make_state: Callable[[], Any], rounds: int) -> dict[str, Any]:
@@ -99,12 +128,11 @@ def measure(folder: Path, make_state: Callable[[], Any], rounds: int) -> dict[st
     checkpoints = folder / "checkpoints"
     sync, background = [Saves(checkpoints, b) for b in (False, True)]  # before there is a state
     state = make_state()
+    writes = measure_writes(sync, state, 3 * rounds)
     found: dict[str, list[float]] = {}
-    size = 0
     for i in range(rounds + 1):
         one = {"sync": sync.once(state)["hand_over"]}
-        files = list((checkpoints / f"iter_{state.progress.step:07d}").iterdir())
-        size = sum(f.stat().st_size for f in files)
+        files = sync.files(state)
         one["checksums"] = seconds(lambda: _hash(files))  # noqa: B023
         drop_caches(files[0].parent)
         one["checksums_from_disk"] = seconds(lambda: _hash(files))  # noqa: B023
@@ -113,16 +141,14 @@ def measure(folder: Path, make_state: Callable[[], Any], rounds: int) -> dict[st
         parts = background.once(state)
         one["async"] = parts["hand_over"] + parts["finish"]
         one |= {f"async_{name}": value for name, value in parts.items()}
-        one["plain"] = plain_write(folder / "plain", size)
         if i:  # the first one warms up
             for name, value in one.items():
                 found.setdefault(name, []).append(value)
     background.checkpointer.close()
     result: dict[str, Any] = {name: round(median(values), 4) for name, values in found.items()}
     return {
-        "gigabytes": round(size / 1e9, 3),
+        "writes": writes,
         "async_stall_of_sync": round(result["async"] / result["sync"], 3),
-        "write_of_plain": round(result["plain"] / result["sync"], 3),
         "checksums_of_load": round(result["checksums_from_disk"] / result["load"], 3),
         "seconds": result,
     }
@@ -153,6 +179,7 @@ def main() -> None:
     parser.add_argument("--experiment", default="small")
     parser.add_argument("--state-gb", type=float, default=4.0, help="of the synthetic state")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tensor-mb", type=float, nargs="+", default=[], help="sizes, in MiB")
     parser.add_argument("--data", type=Path, help="STRATA_DATA for steps; none without")
     chosen = parser.parse_args()
     if chosen.data is not None:
@@ -171,7 +198,20 @@ def main() -> None:
                 root / "real", partial(real_state, chosen.experiment), chosen.rounds
             )
             shutil.rmtree(root)
-            result["synthetic"] = measure_synthetic(root / "synthetic", chosen)
+            with synthetic_states():
+                result["synthetic"] = measure(
+                    root / "synthetic",
+                    lambda: Synthetic(synthetic_state(chosen.state_gb)),
+                    chosen.rounds,
+                )
+                for megabytes in chosen.tensor_mb:
+                    shutil.rmtree(root)
+                    (root / "checkpoints").mkdir(parents=True)
+                    result[f"tensors of {megabytes:g} MiB"] = measure_writes(
+                        Saves(root / "checkpoints", False),
+                        Synthetic(synthetic_state(1.0, megabytes)),
+                        3 * chosen.rounds,
+                    )
             if chosen.data is not None:
                 result["training"] = measure_training(
                     root / "training", chosen.experiment, 2 * chosen.rounds
@@ -236,8 +276,9 @@ def measure_training(folder: Path, experiment: str, rounds: int) -> dict[str, An
     }
 
 
-def measure_synthetic(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """The same code, with another state dictionary."""
+@contextlib.contextmanager
+def synthetic_states() -> Iterator[None]:
+    """Inside, a Checkpointer saves and loads a `Synthetic` by the code it has for a TrainState."""
     from unittest import mock
 
     from train import checkpoint
@@ -249,7 +290,7 @@ def measure_synthetic(folder: Path, chosen: argparse.Namespace) -> dict[str, Any
         mock.patch.object(checkpoint, "state_dict", state_dict),
         mock.patch.object(checkpoint.Checkpointer, "load", _load_synthetic),
     ):
-        return measure(folder, lambda: Synthetic(synthetic_state(chosen.state_gb)), chosen.rounds)
+        yield
 
 
 def _load_synthetic(checkpointer: Any, state: Synthetic) -> None:
