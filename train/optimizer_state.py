@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 SHARDING = "fully_reshardable"
@@ -28,63 +27,6 @@ def padding_kept(optimizer: Any) -> Iterator[None]:
     finally:
         for (part, _), size in zip(reversed(parts), reversed(unpadded), strict=True):
             part.numel_unpadded = size
-
-
-@contextlib.contextmanager
-def whole_tensors_in_place(optimizer: Any) -> Iterator[None]:
-    """Inside, an optimizer without data-parallel peers hands out its tensors where they are.
-
-    Megatron gathers the shares of all ranks, through five copies of them, of a single rank too.
-    """
-    alone = [one for one in optimizer.chained_optimizers if one.data_parallel_group.size() == 1]
-    for one in alone:
-        one.sharded_param_state_fully_reshardable = partial(_in_place, one)
-    try:
-        yield
-    finally:
-        for one in alone:
-            del one.sharded_param_state_fully_reshardable
-
-
-def _in_place(
-    optimizer: Any,
-    model_sharded_state_dict: dict[str, Any],
-    is_loading: bool = False,
-    metadata: dict[str, Any] | None = None,
-) -> dict[int, dict[str, Any]]:
-    """What the method of the optimizer gives: number of a parameter -> its sharded tensors."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-
-    if is_loading:
-        method = type(optimizer).sharded_param_state_fully_reshardable
-        state: dict[int, dict[str, Any]] = method(
-            optimizer, model_sharded_state_dict, is_loading, metadata
-        )
-        return state
-    sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-    of_param = {entry.data: entry for entry in nested_values(sharded)}
-    params = [p for buffer in optimizer.buffers for p in buffer.param_index_map]
-    return {
-        number: _of_param(optimizer, param, of_param[param]) for number, param in enumerate(params)
-    }
-
-
-def _of_param(optimizer: Any, param: Any, entry: Any) -> dict[str, Any]:
-    """Weight in FP32 and moments of one parameter, saved as `entry` says of the parameter."""
-    from dataclasses import replace
-
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    tensors = optimizer._get_main_param_and_optimizer_states(param)
-    found = {}
-    for key in ("param", *optimizer.optimizer_state_keys):
-        data = tensors[key].detach().float().view(entry.data.shape)
-        changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{entry.key}", "data": data}
-        if isinstance(entry, ShardedTensor):
-            changes["dtype"] = data.dtype
-        found[key] = replace(entry, **changes)
-    return found
 
 
 def load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:

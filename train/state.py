@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from precision.backend import rounding_state, set_rounding_state
-from train.optimizer_state import SHARDING, padding_kept, whole_tensors_in_place
+from train.optimizer_shares import shares_in_place
+from train.optimizer_state import SHARDING, padding_kept
 
 RNG = "rng_state"
 """Under which every rank has its random states."""
@@ -86,7 +87,7 @@ def state_dict(state: TrainState, loading: bool) -> dict[str, Any]:
     # One chunk's names repeat in the next (layers are counted from 0 in each), so chunks stay
     # apart.
     models = dict(result) if len(state.chunks) > 1 else result["model"]
-    with padding_kept(state.optimizer), whole_tensors_in_place(state.optimizer):
+    with padding_kept(state.optimizer), shares_in_place(state.optimizer):
         optimizer = state.optimizer.sharded_state_dict(
             models, is_loading=loading, metadata=metadata
         )

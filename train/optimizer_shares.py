@@ -1,0 +1,176 @@
+"""What a rank has of an optimizer's state, as pieces of the parameters, where it is in memory.
+
+Megatron's distributed optimizer gives each rank a range of the elements of a parameter, counted
+row by row. Its own `fully_reshardable` format gathers the ranges of all ranks on all ranks, through
+five copies of the whole (also of a single rank), before the first of them writes everything. What
+is stored is the same either way, cut differently, and loads into any layout.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Box(NamedTuple):
+    """A rectangular piece of a tensor."""
+
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def boxes(shape: tuple[int, ...], start: int, end: int) -> list[Box]:
+    """Those that hold the elements start to end of a tensor, counted row by row; in order.
+
+    >>> boxes((3, 4), 1, 9)
+    [Box(offset=(0, 1), sizes=(1, 3)), Box(offset=(1, 0), sizes=(1, 4)), \
+Box(offset=(2, 0), sizes=(1, 1))]
+    """
+    if start >= end:
+        return []
+    if not shape:
+        return [Box((), ())]
+    row = math.prod(shape[1:])
+    first, last = start // row, (end - 1) // row
+
+    def inside(index: int, from_: int, to: int) -> list[Box]:
+        return [Box((index, *o), (1, *s)) for o, s in boxes(shape[1:], from_, to)]
+
+    if first == last and end - start < row:
+        return inside(first, start - first * row, end - first * row)
+    head = inside(first, start % row, row) if start % row else []
+    tail = inside(last, 0, end % row) if end % row else []
+    whole = range(first + bool(head), last + 1 - bool(tail))
+    rest = tuple(0 for _ in shape[1:])
+    middle = [Box((whole.start, *rest), (len(whole), *shape[1:]))] if whole else []
+    return head + middle + tail
+
+
+@contextlib.contextmanager
+def shares_in_place(optimizer: Any) -> Iterator[None]:
+    """Inside, optimizers hand out what this rank has, to be saved, instead of all there is."""
+    changed = list(optimizer.chained_optimizers)
+    for one in changed:
+        one.sharded_param_state_fully_reshardable = partial(_share, one)
+    try:
+        yield
+    finally:
+        for one in changed:
+            del one.sharded_param_state_fully_reshardable
+
+
+def _share(
+    optimizer: Any,
+    model_sharded_state_dict: dict[str, Any],
+    is_loading: bool = False,
+    metadata: dict[str, Any] | None = None,
+) -> dict[int, dict[str, Any]]:
+    """What the method of the optimizer gives: number of a parameter -> its sharded tensors."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    if is_loading:
+        method = type(optimizer).sharded_param_state_fully_reshardable
+        state: dict[int, dict[str, Any]] = method(
+            optimizer, model_sharded_state_dict, is_loading, metadata
+        )
+        return state
+    sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+    of_param = {entry.data: entry for entry in nested_values(sharded)}
+    whole = optimizer.data_parallel_group.size() == 1
+    ranges = {
+        param: (where["param"].start, where["param"].end)
+        for buffer in optimizer.gbuf_ranges
+        for buckets in buffer.values()
+        for bucket in buckets
+        for param, where in bucket["param_map"].items()
+    }
+    params = [p for buffer in optimizer.buffers for p in buffer.param_index_map]
+    found = {}
+    for number, param in enumerate(params):
+        if param in ranges:
+            entry, tensors = of_param[param], _tensors(optimizer, param)
+            if whole:
+                found[number] = {k: _renamed(entry, k, t) for k, t in tensors.items()}
+            else:
+                found[number] = _pieces(optimizer, entry, tensors, *ranges[param])
+    return found
+
+
+def _tensors(optimizer: Any, param: Any) -> dict[str, torch.Tensor]:
+    """Weight in FP32 and moments of what the rank has of a parameter, flat."""
+    tensors = optimizer._get_main_param_and_optimizer_states(param)
+    keys = ("param", *optimizer.optimizer_state_keys)
+    return {key: tensors[key].detach().float().view(-1) for key in keys}
+
+
+def _renamed(entry: Any, key: str, flat: torch.Tensor) -> Any:
+    """What says how a parameter is sharded, for something of its shape."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    data = flat.view(entry.data.shape)
+    changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{entry.key}", "data": data}
+    if isinstance(entry, ShardedTensor):
+        changes["dtype"] = data.dtype
+    return replace(entry, **changes)
+
+
+def _pieces(
+    optimizer: Any, entry: Any, tensors: dict[str, torch.Tensor], start: int, end: int
+) -> dict[str, Any]:
+    """Sharded tensors of the elements start to end of a parameter."""
+    found = {}
+    for key, flat in tensors.items():
+        # Without memory: what it consists of, and where each part is in it.
+        shape = torch.empty(entry.data.shape, dtype=flat.dtype, device="meta")
+        for part in _parts(_renamed(entry, key, shape)):
+            first = int(part.data.storage_offset())
+            from_, to = max(start, first), min(end, first + part.data.numel())
+            # Of ranks that have the same of a parameter, one in each dimension writes it: those of
+            # data parallelism have different ranges.
+            replica = (*part.replica_id[:2], optimizer.distributed_optimizer_instance_id)
+            at = from_ - start
+            for i, box in enumerate(boxes(tuple(part.data.shape), from_ - first, to - first)):
+                size = math.prod(box.sizes)
+                found[f"{part.key}.{i}"] = _piece(part, box, flat[at : at + size], replica)
+                at += size
+    return found
+
+
+def _parts(entry: Any) -> list[Any]:
+    """The sharded tensors a parameter is saved as: Mamba's projections are several."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    holder = {"entry": entry}
+    size = entry.data.numel()
+    apply_factories(holder)
+    parts = sorted(nested_values(holder), key=lambda part: int(part.data.storage_offset()))
+    ends = [0]
+    for part in parts:
+        assert part.data.storage_offset() == ends[-1] and part.data.is_contiguous(), part
+        assert isinstance(part.replica_id, tuple) and len(part.replica_id) == 3, part
+        ends.append(ends[-1] + part.data.numel())
+    assert ends[-1] == size, f"{entry.key} is not a row of parts"
+    return parts
+
+
+def _piece(part: Any, box: Box, flat: torch.Tensor, replica: tuple[int, ...]) -> Any:
+    """A sharded tensor of its own place and size: Megatron's "uneven" sharding, which has no
+    fragmentation, and no axes that the data does not have."""
+    before = part.prepend_axis_num
+    offset = [a + b for a, b in zip(part.global_offset[before:], box.offset, strict=True)]
+    data = flat.view((1,) * before + box.sizes)
+    return replace(
+        part,
+        data=data,
+        local_shape=tuple(data.shape),
+        global_offset=(*part.global_offset[:before], *offset),
+        axis_fragmentations=None,
+        replica_id=replica,
+        prepend_axis_num=0,
+    )
