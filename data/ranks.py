@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from recipes.errors import on_every_rank
+from recipes.errors import StrataError, on_every_rank
 
 
 def on_first_rank[T](action: Callable[[], T]) -> T:
@@ -30,13 +30,14 @@ def on_first_rank[T](action: Callable[[], T]) -> T:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise on every rank what was raised on any: the error of the lowest rank that has one.
+    """Raise on every rank what was raised on any: the error of the lowest rank that has one, but an
+    explained one first. (What one rank fails of breaks connections of others.)
 
     A collective: every rank must call it.
     """
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    for first in errors:
-        if first is not None:
-            with on_every_rank():
-                raise first
+    raised = [e for e in errors if e is not None]
+    for first in sorted(raised, key=lambda e: not isinstance(e, StrataError)):
+        with on_every_rank():
+            raise first

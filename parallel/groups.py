@@ -58,3 +58,25 @@ def one_rank(seed: int = 0) -> Iterator[None]:
         yield
     finally:
         destroy_groups()
+
+
+def join_forked_ranks(name: str) -> None:
+    """In a process forked from a rank: leave the rank's world, of whose threads it has none, and
+    join that of the processes forked from the other ranks for the same purpose, over gloo.
+
+    A collective of those processes; the ranks have each forked as many for it. Megatron's groups
+    are not built.
+
+    Args:
+        name: the purpose.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = distributed_c10d._get_default_store().clone()  # the connection is the rank's
+    number = store.add(f"{name} of rank {rank}", 1)
+    # Not destroyed: that would wait for its threads. Megatron's groups keep the rest.
+    dist.GroupMember.WORLD = None
+    store = dist.PrefixStore(f"{name} {number}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)

@@ -1,8 +1,9 @@
-"""A process that writes the states of a run while the run goes on.
+"""A process that writes the state of a rank while the run goes on.
 
 One that is forked for a save shares every page with the trainer, which then waits for a copy of
 each that it writes to while the other lives. This one is forked once, while there is no state yet,
-and copies states out of the trainer's memory into its own.
+and copies states out of the trainer's memory into its own. Those of several ranks are a world of
+their own, so that they can plan and complete a checkpoint together.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ from multiprocessing import Pipe
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
+from parallel.groups import join_forked_ranks
 from parallel.other_memory import Block, allow_reading, read_memory
 from train.forked import work_for
 from train.guards import STOP_SIGNALS
@@ -35,8 +38,8 @@ _REFUSED = (errno.EPERM, errno.ENOSYS)
 class Saver:
     """Runs an action on copies of this process' objects, one at a time; it ends with it.
 
-    Create it before the objects. What tensors hold may change after `copied`, other objects after
-    `start`.
+    Create it before the objects, on all ranks: the action runs in a world of their processes. What
+    tensors hold may change after `copied`, other objects after `start`.
 
     Args:
         action: called in the process, with what `start` is given.
@@ -150,6 +153,8 @@ def _serve(trainer: int, pipe: Any, action: Callable[..., None]) -> NoReturn:
     for number in STOP_SIGNALS:  # meant for the trainer, which then saves
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork, and would be waited for
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        join_forked_ranks("savers")
     gc.collect()
     gc.freeze()  # Megatron collects garbage in every save: not what was there before
     memory = _Memory(trainer)

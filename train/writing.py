@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data.ranks import raise_together
@@ -62,6 +63,9 @@ class Writer:
         self._path = run_dir
         self._background: Any = None
         self._saver: Saver | None = None
+        """At work on a save."""
+        self._ended: list[Exception | None] = []
+        """What came of it here, while other ranks' are at work on theirs."""
         self._done: Callable[[], None] = lambda: None
 
     def run(self, request: Any, path: Path, background: bool) -> None:
@@ -88,10 +92,11 @@ class Writer:
     def hand_over(
         self, saver: Saver, content: tuple[Any, ...], path: Path, done: Callable[[], None]
     ) -> None:
-        """Have another process do a whole save; `copied`, `poll` or `wait` raise what it raised.
+        """Have other processes, one a rank, do a whole save; `copied`, `poll` or `wait` raise what
+        they raised.
 
         Args:
-            saver: the process.
+            saver: this rank's process.
             content: what it is given.
             path: the checkpoint.
             done: called here, after it is complete.
@@ -110,19 +115,27 @@ class Writer:
 
     def poll(self, blocking: bool) -> None:
         """Finish a background write that is done. A collective: every rank must call it."""
-        saver = self._saver
-        if saver is not None:
-            with self._death_told():
-                ended = saver.ended(blocking)
-                error = saver.outcome() if ended else None
-            if ended:
-                self._saver = None
-                if error is not None:
-                    raise error
-                self._done()
+        if self._saver is not None:
+            self._poll(self._saver, blocking)
         if self._background is not None:
             with self.explained():
                 self._background.maybe_finalize_async_calls(blocking=blocking)
+
+    def _poll(self, saver: Saver, blocking: bool) -> None:
+        """`poll` for what was handed over: complete once it is so on all ranks."""
+        if not self._ended:
+            try:
+                with self._death_told():
+                    if saver.ended(blocking):
+                        self._ended = [saver.outcome()]
+            except CheckpointError as death:
+                self._ended = [death]
+        everywhere = torch.tensor(len(self._ended))
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+        if everywhere:
+            (error,), self._ended, self._saver = self._ended, [], None
+            raise_together(error)
+            self._done()
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -147,7 +160,6 @@ class Writer:
         try:
             yield
         except ChildProcessError as error:  # what it left goes with the next save
-            self._saver = None
             raise self._failed(_DIED) from error
 
     def _check(self) -> None:

@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from parallel.parity import REFERENCE
+from parallel.parity import REFERENCE, Case
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import laid_out
 from tests.distributed.test_layouts import trainer
@@ -17,21 +18,28 @@ SLOW = 2.0
 """Seconds before the state is read: several steps."""
 
 
-def saved_while_training(rank: int, world_size: int, run: Path, readable: bool) -> None:
+def saved_while_training(rank: int, world_size: int, case: Case, run: Path, how: str) -> None:
     """Two saves, each with a step after it, then what each loads as against what it should; the
-    second one comes to its end although training does not."""
-    from train import saver
+    second one comes to its end although training does not.
+
+    Args:
+        how: whether another process may read the state, or is sent it, or is forked for each save.
+    """
+    from train import checkpoint, saver
 
     read = saver.read_memory
 
     def late(*arguments: Any) -> None:
         time.sleep(SLOW)
-        if not readable:
+        if how == "sent":
             raise PermissionError(1, "not permitted")
         read(*arguments)
 
-    with laid_out(REFERENCE, world_size) as (recipe, layout):
-        with mock.patch.object(saver, "read_memory", late):  # in the process that is forked here
+    with laid_out(case, world_size) as (recipe, layout):
+        with (
+            mock.patch.object(saver, "read_memory", late),  # in the process that is forked here
+            mock.patch.object(checkpoint, "can_act", lambda: how != "forked"),
+        ):
             running = trainer(recipe, layout, run, async_save=True)
         state, states = running.state, {}
         for _ in range(2):
@@ -39,10 +47,12 @@ def saved_while_training(rank: int, world_size: int, run: Path, readable: bool) 
             states[state.progress.step] = everything(state)
             running.checkpointer.save(state)
             running._step()
-        running.checkpointer.leave()
+        running.checkpointer.wait() if how == "forked" else running.checkpointer.leave()
         # Weights, moments and all else came through; and none is what came a step later.
         for step, was in states.items():
-            (run / "checkpoints" / "latest").write_text(f"iter_{step:07d}\n")
+            if rank == 0:
+                (run / "checkpoints" / "latest").write_text(f"iter_{step:07d}\n")
+            dist.barrier()
             assert running.checkpointer.load(state)
             now = everything(state)
             assert now.keys() == was.keys() and len(now) > 100
@@ -69,7 +79,12 @@ def everything(state: Any) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("readable", [True, False])
-def test_the_state_at_its_moment(readable: bool, tmp_path: Path) -> None:
+ONE, TWO = REFERENCE, Case("dp2", data=2)
+
+
+@pytest.mark.parametrize(
+    ("case", "how"), [(ONE, "read"), (ONE, "sent"), (TWO, "read"), (TWO, "sent"), (TWO, "forked")]
+)
+def test_the_state_at_its_moment(case: Case, how: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    run_distributed(saved_while_training, 1, tmp_path, readable)
+    run_distributed(saved_while_training, case.ranks, case, tmp_path, how)

@@ -71,16 +71,20 @@ def test_a_killed_rank(rank: int, data: Path, tmp_path: Path, undisturbed: Path)
     goes_on(command, run, undisturbed)
 
 
-def test_a_killed_writer(data: Path, tmp_path: Path) -> None:
-    """The process that saves in the background of one rank."""
+@pytest.mark.parametrize("layout", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
+def test_a_killed_writer(layout: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    """The process that saves in the background of the last rank."""
     run = tmp_path / "run"
     saves = ("checkpoint.async_save=true", "checkpoint.save_interval=10", "stage.train_steps=30")
-    command = train(data, run, *saves)
+    command = train(data, run, *saves, *layout)
     process = command.start()
     while not (run / "checkpoints/latest").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    (writer,) = psutil.Process(process.pid).children()
+    last = psutil.Process(process.pid)
+    if layout:
+        (last,) = [rank for rank in last.children() if rank.environ()["RANK"] == "1"]
+    (writer,) = last.children()
     writer.kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in output, output
@@ -90,10 +94,13 @@ def test_a_killed_writer(data: Path, tmp_path: Path) -> None:
     assert "resumed at step" in command.run()
 
 
-def test_an_error_loses_no_save_in_the_background(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
+def test_an_error_loses_no_save_in_the_background(
+    layout: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     saves = ("checkpoint.async_save=true", "checkpoint.save_interval=2")
-    words = ["4", *train(data, run, *saves).overrides]
+    words = ["4", *train(data, run, *saves, *layout).overrides]
     message = Command(words, data, "tests.end_to_end.failing_train").refused()
     assert "the data is gone" in message
     assert (run / "checkpoints/latest").read_text() == "iter_0000004\n"
