@@ -96,9 +96,10 @@ class Checkpointer:
         from megatron.core.dist_checkpointing.mapping import apply_factories
 
         self.wait()
-        if self._saver is None and not self._frozen:
-            # Megatron collects garbage in every save and before every fork. What exists by now
-            # lives as long as the run, and is passed over from here on.
+        if not self._frozen:
+            # Megatron collects garbage whenever it is asked for the optimizer's state, and before
+            # every fork. What exists by now lives as long as the run, and is passed over from here
+            # on.
             gc.collect()
             gc.freeze()
             self._frozen = True

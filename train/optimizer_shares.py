@@ -123,43 +123,40 @@ def _pieces(
     optimizer: Any, entry: Any, tensors: dict[str, torch.Tensor], start: int, end: int
 ) -> dict[str, Any]:
     """Sharded tensors of the elements start to end of a parameter."""
-    found = {}
-    for key, flat in tensors.items():
-        # Without memory: what it consists of, and where each part is in it.
-        shape = torch.empty(entry.data.shape, dtype=flat.dtype, device="meta")
-        for part in _parts(_renamed(entry, key, shape)):
-            first = int(part.data.storage_offset())
-            from_, to = max(start, first), min(end, first + part.data.numel())
-            # Of ranks that have the same of a parameter, one in each dimension writes it: those of
-            # data parallelism have different ranges.
-            replica = (*part.replica_id[:2], optimizer.distributed_optimizer_instance_id)
-            at = from_ - start
-            for i, box in enumerate(boxes(tuple(part.data.shape), from_ - first, to - first)):
-                size = math.prod(box.sizes)
-                found[f"{part.key}.{i}"] = _piece(part, box, flat[at : at + size], replica)
-                at += size
+    found, at = {}, 0
+    for part in _parts(entry):
+        first = int(part.data.storage_offset())
+        from_, to = max(start, first), min(end, first + part.data.numel())
+        # Of ranks that have the same of a parameter, one in each dimension writes it: those of data
+        # parallelism have different ranges.
+        replica = (*part.replica_id[:2], optimizer.distributed_optimizer_instance_id)
+        for i, box in enumerate(boxes(tuple(part.data.shape), from_ - first, to - first)):
+            begin, at = at, at + math.prod(box.sizes)
+            for key, flat in tensors.items():
+                name = f"optimizer.state.{key}.{part.key}"
+                found[f"{name}.{i}"] = _piece(part, name, box, flat[begin:at], replica)
     return found
 
 
 def _parts(entry: Any) -> list[Any]:
-    """The sharded tensors a parameter is saved as: Mamba's projections are several."""
+    """The sharded tensors a parameter is saved as, in order, without memory: Mamba's projections
+    are several."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
-    holder = {"entry": entry}
-    size = entry.data.numel()
+    holder = {"entry": replace(entry, data=entry.data.detach().to("meta"))}
     apply_factories(holder)
     parts = sorted(nested_values(holder), key=lambda part: int(part.data.storage_offset()))
-    ends = [0]
+    end = 0
     for part in parts:
-        assert part.data.storage_offset() == ends[-1] and part.data.is_contiguous(), part
+        assert part.data.storage_offset() == end and part.data.is_contiguous(), part
         assert isinstance(part.replica_id, tuple) and len(part.replica_id) == 3, part
-        ends.append(ends[-1] + part.data.numel())
-    assert ends[-1] == size, f"{entry.key} is not a row of parts"
+        end += part.data.numel()
+    assert end == entry.data.numel(), f"{entry.key} is not a row of parts"
     return parts
 
 
-def _piece(part: Any, box: Box, flat: torch.Tensor, replica: tuple[int, ...]) -> Any:
+def _piece(part: Any, name: str, box: Box, flat: torch.Tensor, replica: tuple[int, ...]) -> Any:
     """A sharded tensor of its own place and size: Megatron's "uneven" sharding, which has no
     fragmentation, and no axes that the data does not have."""
     before = part.prepend_axis_num
@@ -167,7 +164,9 @@ def _piece(part: Any, box: Box, flat: torch.Tensor, replica: tuple[int, ...]) ->
     data = flat.view((1,) * before + box.sizes)
     return replace(
         part,
+        key=name,
         data=data,
+        dtype=data.dtype,
         local_shape=tuple(data.shape),
         global_offset=(*part.global_offset[:before], *offset),
         axis_fragmentations=None,

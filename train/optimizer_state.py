@@ -12,9 +12,9 @@ SHARDING = "fully_reshardable"
 def padding_kept(optimizer: Any) -> Iterator[None]:
     """Inside, gradient buffers count the padding between their buckets as content.
 
-    Megatron gathers the optimizer's state without that padding and looks parameters up where they
-    are with it: whatever follows a padded bucket would be saved shifted, and the end as zeros.
-    (It warns of this as "param range exceeds unpadded buffer".)
+    Megatron lays out the optimizer's state without that padding and looks parameters up where they
+    are with it: whatever follows a padded bucket would be shifted, and the end missing. (It warns
+    of this as "param range exceeds unpadded buffer".)
     """
     buffers = [buffer for one in optimizer.chained_optimizers for buffer in one.buffers]
     parts = [(b, b.numel) for b in buffers]

@@ -1,7 +1,7 @@
 """What saving costs training, and how fast it writes, beside a plain write of the same bytes.
 
     python -m tests.benchmarks.save --folder /a/disk/with/room [--rounds 3] [--data corpora]
-        [--tensor-mb 0.25 1 4 16 64]
+        [--tensor-mb 0.25 1 4 16 64] [--ranks 2]
 
 prints one JSON object: for the real state of experiment=small (or another) and for a synthetic one,
 the seconds for which a synchronous and an asynchronous save stop the trainer, the bytes a second
@@ -9,10 +9,10 @@ of the former as a share of a plain write with sync, and what checksums cost sav
 Synchronous saves and plain writes alternate, each after as many bytes were deleted: a plain write
 takes 0.6 s or 3.6 s here by which pages the kernel finds for its cache. `fastest` compares the
 fastest of each. With --tensor-mb also those of states of tensors of these sizes.
-A synchronous save stops it until the checkpoint is complete; an asynchronous one of one rank on a
-host, as here, while the state is described to another process, which then copies it (async_copy: a
-step may not end before that). What else the latter costs (memory and disk are shared) is seen with
---data: how much longer the steps after a save take.
+A synchronous save stops it until the checkpoint is complete; an asynchronous one while the state is
+described to another process, which then copies it (async_copy: a step may not end before that). The
+same of several ranks, which share the optimizer's state, with --ranks. What else the latter costs
+(memory and disk are shared) is seen with --data: how much longer the steps after a save take.
 """
 
 import argparse
@@ -30,17 +30,47 @@ from typing import Any
 from tests.benchmarks.convert import drop_caches
 
 
-def real_state(experiment: str) -> Any:
+def real_state(experiment: str, *overrides: str) -> Any:
     """The state of a recipe, with optimizer state in it."""
+    import torch.distributed as dist
+
     from model.validate import validate_recipe
     from recipes.compose import load_recipe
     from train.build import build_state
 
-    recipe = load_recipe([f"experiment={experiment}", "run.dir=unused"])
-    state, _ = build_state(recipe, validate_recipe(recipe, 1))
+    recipe = load_recipe([f"experiment={experiment}", "run.dir=unused", *overrides])
+    state, _ = build_state(recipe, validate_recipe(recipe, dist.get_world_size()))
     state.optimizer.prepare_grads()
     state.optimizer.step()  # creates the moments
     return state
+
+
+def measure_ranks(rank: int, ranks: int, folder: Path, experiment: str, rounds: int) -> Any:
+    """Seconds that data-parallel ranks stand still for a save; medians of some rounds."""
+    from model.backends import install_backends
+    from parallel.groups import initialize_groups
+    from recipes.compose import load_recipe
+
+    install_backends("host")
+    own = [f"parallel.data_parallel_size={ranks}", "stage.micro_batch_size=1"]
+    recipe = load_recipe([f"experiment={experiment}", "run.dir=unused", *own])
+    initialize_groups(recipe.parallel, recipe.run.seed)
+    saves = {name: Saves(folder, name == "async") for name in ("sync", "async")}
+    state = real_state(experiment, *own)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in saves}
+    for i in range(rounds + 1):
+        for name, one in saves.items():
+            parts = one.once(state)
+            if i:  # the first one warms up
+                found[name].append(parts)
+    saves["async"].checkpointer.close()
+    result = {
+        f"{name}_{part}": round(median(parts[part] for parts in all_parts), 4)
+        for name, all_parts in found.items()
+        for part in all_parts[0]
+    }
+    stall = result["async_hand_over"] + result["async_finish"]
+    return {"async_stall_of_sync": round(stall / result["sync_hand_over"], 3), "seconds": result}
 
 
 def synthetic_state(gigabytes: float, megabytes: float = 64) -> dict[str, Any]:
@@ -180,6 +210,7 @@ def main() -> None:
     parser.add_argument("--state-gb", type=float, default=4.0, help="of the synthetic state")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tensor-mb", type=float, nargs="+", default=[], help="sizes, in MiB")
+    parser.add_argument("--ranks", type=int, help="of data parallelism, on this machine")
     parser.add_argument("--data", type=Path, help="STRATA_DATA for steps; none without")
     chosen = parser.parse_args()
     if chosen.data is not None:
@@ -216,6 +247,15 @@ def main() -> None:
                 result["training"] = measure_training(
                     root / "training", chosen.experiment, 2 * chosen.rounds
                 )
+        if chosen.ranks is not None:
+            from tests.distributed.harness import run_distributed
+
+            folder = root / "ranks/checkpoints"
+            folder.mkdir(parents=True)
+            work = (folder, chosen.experiment, chosen.rounds)
+            result[f"{chosen.ranks} ranks"] = run_distributed(
+                measure_ranks, chosen.ranks, *work, timeout=600
+            )[0]
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(json.dumps(result, indent=1))
