@@ -8,8 +8,9 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 
 # Three workers of pytest, as many tests wait for other processes; a file of tests to each at a time:
-# what a file shares is made once.
-PARALLEL ?= -n 3 --dist loadfile
+# what a file shares is made once. In their order: those of few long tests are then not the last,
+# for which one worker would remain.
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all test-cluster test-cluster-quick cluster cluster-stop check clean
 .DELETE_ON_ERROR:

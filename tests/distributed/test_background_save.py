@@ -83,7 +83,14 @@ ONE, TWO = REFERENCE, Case("dp2", data=2)
 
 
 @pytest.mark.parametrize(
-    ("case", "how"), [(ONE, "read"), (ONE, "sent"), (TWO, "read"), (TWO, "sent"), (TWO, "forked")]
+    ("case", "how"),
+    [
+        (ONE, "read"),
+        (ONE, "sent"),
+        (TWO, "read"),
+        pytest.param(TWO, "sent", marks=pytest.mark.slow),
+        (TWO, "forked"),
+    ],
 )
 def test_the_state_at_its_moment(case: Case, how: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()

@@ -235,7 +235,7 @@ EACH_PHASE = [(name, victim) for name in PHASES for victim in (0, 1)]
 def test_one_of_two_ranks_is_killed(
     background: bool, kills: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    """Both write a shard; the first does all the rest, in the background at the next step."""
+    """Both write a shard; the first does all the rest. In the background their writers do."""
     whole = new_run(tmp_path / "whole")
     undisturbed = dict(run_distributed(keep_saving, 2, whole, background, NEVER, None)[0])
     places = {kill: numbers(events(whole, kill[1]), PHASES[kill[0]]) for kill in kills}

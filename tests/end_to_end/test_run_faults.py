@@ -20,6 +20,10 @@ from tests.end_to_end.training import (
 )
 
 TWO_RANKS = ("parallel.data_parallel_size=2", "checkpoint.save_interval=2")
+EACH_SAVER = pytest.mark.parametrize(
+    "layout",
+    [pytest.param((), id="1 rank", marks=pytest.mark.slow), pytest.param(TWO_RANKS, id="2")],
+)
 LOST = 6
 
 
@@ -71,7 +75,7 @@ def test_a_killed_rank(rank: int, data: Path, tmp_path: Path, undisturbed: Path)
     goes_on(command, run, undisturbed)
 
 
-@pytest.mark.parametrize("layout", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
+@EACH_SAVER
 def test_a_killed_writer(layout: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     """The process that saves in the background of the last rank."""
     run = tmp_path / "run"
@@ -81,9 +85,7 @@ def test_a_killed_writer(layout: tuple[str, ...], data: Path, tmp_path: Path) ->
     while not (run / "checkpoints/latest").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    last = psutil.Process(process.pid)
-    if layout:
-        (last,) = [rank for rank in last.children() if rank.environ()["RANK"] == "1"]
+    last = ranks_of(process)[1] if layout else psutil.Process(process.pid)
     (writer,) = last.children()
     writer.kill()
     output, _ = process.communicate(timeout=60)
@@ -94,7 +96,7 @@ def test_a_killed_writer(layout: tuple[str, ...], data: Path, tmp_path: Path) ->
     assert "resumed at step" in command.run()
 
 
-@pytest.mark.parametrize("layout", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
+@EACH_SAVER
 def test_an_error_loses_no_save_in_the_background(
     layout: tuple[str, ...], data: Path, tmp_path: Path
 ) -> None:
