@@ -81,7 +81,6 @@ def _share(
         return state
     sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
     of_param = {entry.data: entry for entry in nested_values(sharded)}
-    whole = optimizer.data_parallel_group.size() == 1
     ranges = {
         param: (where["param"].start, where["param"].end)
         for buffer in optimizer.gbuf_ranges
@@ -90,39 +89,22 @@ def _share(
         for param, where in bucket["param_map"].items()
     }
     params = [p for buffer in optimizer.buffers for p in buffer.param_index_map]
-    found = {}
-    for number, param in enumerate(params):
-        if param in ranges:
-            entry, tensors = of_param[param], _tensors(optimizer, param)
-            if whole:
-                found[number] = {k: _renamed(entry, k, t) for k, t in tensors.items()}
-            else:
-                found[number] = _pieces(optimizer, entry, tensors, *ranges[param])
-    return found
+    return {
+        number: _pieces(optimizer, of_param[param], param, *ranges[param])
+        for number, param in enumerate(params)
+        if param in ranges
+    }
 
 
-def _tensors(optimizer: Any, param: Any) -> dict[str, torch.Tensor]:
-    """Weight in FP32 and moments of what the rank has of a parameter, flat."""
+def _pieces(optimizer: Any, entry: Any, param: Any, start: int, end: int) -> dict[str, Any]:
+    """Weight in FP32 and moments of the elements start to end of a parameter, as sharded tensors.
+
+    Args:
+        entry: says how the parameter is sharded.
+    """
     tensors = optimizer._get_main_param_and_optimizer_states(param)
     keys = ("param", *optimizer.optimizer_state_keys)
-    return {key: tensors[key].detach().float().view(-1) for key in keys}
-
-
-def _renamed(entry: Any, key: str, flat: torch.Tensor) -> Any:
-    """What says how a parameter is sharded, for something of its shape."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    data = flat.view(entry.data.shape)
-    changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{entry.key}", "data": data}
-    if isinstance(entry, ShardedTensor):
-        changes["dtype"] = data.dtype
-    return replace(entry, **changes)
-
-
-def _pieces(
-    optimizer: Any, entry: Any, tensors: dict[str, torch.Tensor], start: int, end: int
-) -> dict[str, Any]:
-    """Sharded tensors of the elements start to end of a parameter."""
+    shares = {key: tensors[key].detach().float().view(-1) for key in keys}
     found, at = {}, 0
     for part in _parts(entry):
         first = int(part.data.storage_offset())
@@ -132,7 +114,7 @@ def _pieces(
         replica = (*part.replica_id[:2], optimizer.distributed_optimizer_instance_id)
         for i, box in enumerate(boxes(tuple(part.data.shape), from_ - first, to - first)):
             begin, at = at, at + math.prod(box.sizes)
-            for key, flat in tensors.items():
+            for key, flat in shares.items():
                 name = f"optimizer.state.{key}.{part.key}"
                 found[f"{name}.{i}"] = _piece(part, name, box, flat[begin:at], replica)
     return found
