@@ -106,12 +106,12 @@ def _pieces(optimizer: Any, entry: Any, param: Any, start: int, end: int) -> dic
     keys = ("param", *optimizer.optimizer_state_keys)
     shares = {key: tensors[key].detach().float().view(-1) for key in keys}
     found, at = {}, 0
-    for part in _parts(entry):
-        first = int(part.data.storage_offset())
+    for first, part in _parts(entry):
         from_, to = max(start, first), min(end, first + part.data.numel())
         # Of ranks that have the same of a parameter, one in each dimension writes it: those of data
         # parallelism have different ranges.
-        replica = (*part.replica_id[:2], optimizer.distributed_optimizer_instance_id)
+        *others, _ = part.replica_id
+        replica = (*others, optimizer.distributed_optimizer_instance_id)
         for i, box in enumerate(boxes(tuple(part.data.shape), from_ - first, to - first)):
             begin, at = at, at + math.prod(box.sizes)
             for key, flat in shares.items():
@@ -120,19 +120,21 @@ def _pieces(optimizer: Any, entry: Any, param: Any, start: int, end: int) -> dic
     return found
 
 
-def _parts(entry: Any) -> list[Any]:
-    """The sharded tensors a parameter is saved as, in order, without memory: Mamba's projections
-    are several."""
+def _parts(entry: Any) -> list[tuple[int, Any]]:
+    """The sharded tensors a parameter is saved as, after the number of its first element each:
+    Mamba's projections are several."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import apply_factories
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    holder = {"entry": replace(entry, data=entry.data.detach().to("meta"))}
+    if isinstance(entry, ShardedTensor):
+        return [(0, entry)]
+    holder = {"entry": replace(entry, data=entry.data.detach().to("meta"))}  # without memory
     apply_factories(holder)
-    parts = sorted(nested_values(holder), key=lambda part: int(part.data.storage_offset()))
+    parts = [(int(part.data.storage_offset()), part) for part in nested_values(holder)]
+    parts.sort(key=lambda numbered: numbered[0])
     end = 0
-    for part in parts:
-        assert part.data.storage_offset() == end and part.data.is_contiguous(), part
-        assert isinstance(part.replica_id, tuple) and len(part.replica_id) == 3, part
+    for first, part in parts:
+        assert first == end and part.data.is_contiguous(), part
         end += part.data.numel()
     assert end == entry.data.numel(), f"{entry.key} is not a row of parts"
     return parts
