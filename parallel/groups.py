@@ -1,7 +1,7 @@
 """torch.distributed, Megatron's process groups and its RNG tracker: up and down."""
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from recipes.schema import ParallelConfig
@@ -60,23 +60,25 @@ def one_rank(seed: int = 0) -> Iterator[None]:
         destroy_groups()
 
 
-def join_forked_ranks(name: str) -> None:
-    """In a process forked from a rank: leave the rank's world, of whose threads it has none, and
-    join that of the processes forked from the other ranks for the same purpose, over gloo.
+def forked_world(purpose: str) -> Callable[[], None]:
+    """What a process forked from this rank calls to leave the rank's world, of whose threads it has
+    none, and to join that of the processes forked from the other ranks, over gloo.
 
-    A collective of those processes; the ranks have each forked as many for it. Megatron's groups
-    are not built.
-
-    Args:
-        name: the purpose.
+    All ranks call this, each time before such a fork, and all the processes what it returns.
+    Megatron's groups are not built.
     """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    store = distributed_c10d._get_default_store().clone()  # the connection is the rank's
-    number = store.add(f"{name} of rank {rank}", 1)
-    # Not destroyed: that would wait for its threads. Megatron's groups keep the rest.
-    dist.GroupMember.WORLD = None
-    store = dist.PrefixStore(f"{name} {number}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    inherited = distributed_c10d._get_default_store()
+    number = inherited.add(f"{purpose} of rank {rank}", 1)
+
+    def join() -> None:
+        store = inherited.clone()  # the connection is the rank's
+        # Not destroyed: that would wait for its threads. Megatron's groups keep the rest.
+        dist.GroupMember.WORLD = None
+        store = dist.PrefixStore(f"{purpose} {number}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+    return join

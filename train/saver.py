@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from parallel.groups import join_forked_ranks
+from parallel.groups import forked_world
 from parallel.other_memory import Block, allow_reading, read_memory
 from train.forked import work_for
 from train.guards import STOP_SIGNALS
@@ -52,13 +52,15 @@ class Saver:
         self._held: list[torch.Tensor] | None = None
         """What is being copied."""
         self._code: int | None = None
-        trainer = os.getpid()
+        trainer, join = os.getpid(), _alone
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            join = forked_world("savers")
         self._pipe, theirs = Pipe()
         self._process = os.fork()
         if self._process == 0:
             self._pipe.close()
             try:
-                _serve(trainer, theirs, action)
+                _serve(trainer, theirs, join, action)
             except (EOFError, ConnectionError):  # nobody waits for it any more
                 os._exit(0)
             except BaseException:
@@ -147,14 +149,19 @@ class Saver:
         return self._code
 
 
-def _serve(trainer: int, pipe: Any, action: Callable[..., None]) -> NoReturn:
+def _alone() -> None:
+    """Join nobody."""
+
+
+def _serve(
+    trainer: int, pipe: Any, join: Callable[[], None], action: Callable[..., None]
+) -> NoReturn:
     """What the process does until its trainer closes the pipe, which is an EOFError."""
     work_for(trainer)
     for number in STOP_SIGNALS:  # meant for the trainer, which then saves
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork, and would be waited for
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        join_forked_ranks("savers")
+    join()
     gc.collect()
     gc.freeze()  # Megatron collects garbage in every save: not what was there before
     memory = _Memory(trainer)

@@ -1,12 +1,13 @@
 """What ranks agree on, and worlds of processes that were forked from them."""
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
 
 from data.ranks import raise_together
-from parallel.groups import join_forked_ranks
+from parallel.groups import forked_world
 from recipes.errors import CheckpointError
 from tests.distributed.harness import run_distributed
 from train.forked import Mailbox
@@ -44,10 +45,12 @@ def worlds(rank: int, world_size: int) -> list[list[float]]:
 
     children, found = [], [Mailbox(), Mailbox()]
     for i, mailbox in enumerate(found):
+        join = forked_world("adders")
         child = os.fork()
         if child == 0:
             try:
-                join_forked_ranks("adders")
+                time.sleep(0.2 * ((rank + i) % 2))  # the second may be the first to join
+                join()
                 mailbox.put(sums(rank + 100.0 * (i + 1)))
             finally:
                 os._exit(0)
