@@ -135,8 +135,8 @@ class Checkpointer:
             self._saver.close()
 
     def leave(self) -> None:
-        """After an error, which other ranks may not know of: let a save that another process does
-        for one rank come to its end."""
+        """After an error, which other ranks may not know of: let a save that processes beside the
+        ranks do come to its end."""
         if self._saver is not None:
             self._saver.close()
 

@@ -52,9 +52,9 @@ class Saver:
         self._held: list[torch.Tensor] | None = None
         """What is being copied."""
         self._code: int | None = None
-        trainer, join = os.getpid(), _alone
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            join = forked_world("savers")
+        trainer = os.getpid()
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        join = forked_world("savers") if several else lambda: None
         self._pipe, theirs = Pipe()
         self._process = os.fork()
         if self._process == 0:
@@ -147,10 +147,6 @@ class Saver:
             _, status = os.waitpid(self._process, 0)
             self._code = os.waitstatus_to_exitcode(status)
         return self._code
-
-
-def _alone() -> None:
-    """Join nobody."""
 
 
 def _serve(
