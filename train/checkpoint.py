@@ -5,11 +5,12 @@ complete one and moves only after every byte is on the disk. Any layout can load
 other layout saved.
 """
 
+import contextlib
 import gc
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from train.forked import can_act
 from train.guards import write_atomically
 from train.optimizer_state import load_optimizer, own_settings
 from train.saver import Saver
+from train.shards import detach_storages
 from train.state import (
     RNG,
     Progress,
@@ -39,6 +41,9 @@ from train.state import (
 )
 from train.writing import Writer
 
+_FILES_OF_A_RANK = 2
+"""Written side by side while training waits: two threads take 0.46 s for the 1.3 GB of small, one
+0.83 (2 cores). Where training goes on one of them leaves it more."""
 META = "meta.json"
 LATEST = "latest"
 _OWN, _LISTED = "sha256", "integrity_sha256"
@@ -79,7 +84,6 @@ class Checkpointer:
         """Step of the newest complete checkpoint; call `wait` first if one is being written."""
         self._writer = Writer(folder.parent)
         self._strategy: Any = None
-        self._frozen = False
         self._removal: threading.Thread | None = None
         self._saver: Saver | None = None
         if config.async_save and can_act():
@@ -93,27 +97,9 @@ class Checkpointer:
                 checkpoint is untouched. In the background: by the next call of `save`, `poll`
                 or `wait`.
         """
-        from megatron.core.dist_checkpointing.mapping import apply_factories
-
         self.wait()
-        if not self._frozen:
-            # Megatron collects garbage whenever it is asked for the optimizer's state, and before
-            # every fork. What exists by now lives as long as the run, and is passed over from here
-            # on.
-            gc.collect()
-            gc.freeze()
-            self._frozen = True
-        state.gather_parameters()
-        meta = self._meta(state)
-        content = state_dict(state, loading=False)
-        if self._saver is not None:
-            step = state.progress.step
-            apply_factories(content)  # a factory is known here only
-            self._writer.hand_over(
-                self._saver, (content, meta), self._path(step), lambda: self._saved(step)
-            )
-        else:
-            self._write(content, meta, background=self.config.async_save)
+        with _garbage_left_alone():
+            self._save(state)
 
     def before_update(self) -> None:
         """Wait until weights and moments may change: a background save may be copying them."""
@@ -170,6 +156,24 @@ class Checkpointer:
             return True
         return False
 
+    def _save(self, state: TrainState) -> None:
+        from megatron.core.dist_checkpointing.mapping import apply_factories
+
+        state.gather_parameters()
+        meta = self._meta(state)
+        content = state_dict(state, loading=False)
+        if self._saver is not None:
+            step = state.progress.step
+            # Megatron's factories are known here only; the optimizer's are applied there.
+            apply_factories({key: part for key, part in content.items() if key != "optimizer"})
+            self._writer.hand_over(
+                self._saver, (content, meta), self._path(step), lambda: self._saved(step)
+            )
+        else:
+            apply_factories(content)
+            detach_storages(content)
+            self._write(content, meta, background=self.config.async_save)
+
     def _path(self, step: int) -> Path:
         return self.folder / f"iter_{step:07d}"
 
@@ -204,7 +208,10 @@ class Checkpointer:
         first = self._strategy is None
         if first:
             # Plans once what each rank writes where: a run's state keeps its structure.
-            self._strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
+            self._strategy = TorchDistSaveShardedStrategy(
+                cached_metadata=True,
+                thread_count=1 if self.config.async_save else _FILES_OF_A_RANK,
+            )
         request = dist_checkpointing.save(
             content,
             str(path),
@@ -359,6 +366,20 @@ class Checkpointer:
         if self._removal is not None:
             self._removal.join()
             self._removal = None
+
+
+@contextlib.contextmanager
+def _garbage_left_alone() -> Iterator[None]:
+    """Inside, Python's collector passes over what is there and does not start by itself. Megatron
+    starts it whenever it is asked for the optimizer's state, and before every fork, to go through
+    millions of objects that live as long as the run."""
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _clear(path: Path) -> None:

@@ -4,11 +4,8 @@
 what happened to a file.
 """
 
-import contextlib
-import ctypes
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,6 @@ from typing import Any
 import torch.distributed as dist
 
 from model.integrity import INTEGRITY, checksum, new_digest, write_manifest
-
-_PIECE, _SENT = 2**20, 2**26
-"""Bytes that are read, and sent to the disk, at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,67 +27,6 @@ class Sum:
 def sum_of(file: Path) -> Sum:
     """Read a file that is there."""
     return Sum(checksum(file), file.stat().st_size)
-
-
-def start_writing(descriptor: int, offset: int, size: int) -> None:
-    """Have the kernel begin to write bytes of a file to the disk, where it can. They are safe after
-    the sync at the end only, which then finds less to do."""
-    write = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        sync = ctypes.CDLL(None).sync_file_range
-        sync(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), write)
-
-
-class Following:
-    """Sums of files that are written meanwhile, from their start to their end; what is there
-    begins to go to the disk.
-
-    PyTorch writes its archives so (its writer refuses to go back), so the sums are ready when the
-    bytes are on the disk: the disk is the slower of the two.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
-        self._sums: dict[str, Sum] = {}
-
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """The files are written inside."""
-        written = threading.Event()
-        threads = [threading.Thread(target=self._follow, args=(f, written)) for f in self._files]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            written.set()
-            for thread in threads:
-                thread.join()
-
-    def sums(self) -> dict[str, Sum]:
-        """By name, after the files are written."""
-        return {file.name: self._sums.get(file.name) or sum_of(file) for file in self._files}
-
-    def _follow(self, file: Path, written: threading.Event) -> None:
-        digest, done, sent = new_digest(), 0, 0
-        while not file.exists():
-            if written.wait(0.002):
-                return
-        piece = memoryview(bytearray(_PIECE))
-        with file.open("rb", buffering=0) as stream:
-            while True:
-                last = written.is_set()
-                while count := stream.readinto(piece):
-                    digest.update(piece[:count])
-                    done += count
-                    if done - sent >= _SENT:
-                        start_writing(stream.fileno(), sent, done - sent)
-                        sent = done
-                if last:
-                    break
-                written.wait(0.002)
-        if done == file.stat().st_size:
-            self._sums[file.name] = Sum(digest.hexdigest(), done)
 
 
 def write_sums(folder: Path, known: Mapping[str, Sum]) -> None:

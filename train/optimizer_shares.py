@@ -68,16 +68,15 @@ def _share(
     model_sharded_state_dict: dict[str, Any],
     is_loading: bool = False,
     metadata: dict[str, Any] | None = None,
-) -> dict[int, dict[str, Any]]:
-    """What the method of the optimizer gives: number of a parameter -> its sharded tensors."""
+) -> dict[int, Any]:
+    """What the method of the optimizer gives: number of a parameter -> its sharded tensors; to be
+    saved, a factory of them that another process can apply."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
     if is_loading:
         method = type(optimizer).sharded_param_state_fully_reshardable
-        state: dict[int, dict[str, Any]] = method(
-            optimizer, model_sharded_state_dict, is_loading, metadata
-        )
+        state: dict[int, Any] = method(optimizer, model_sharded_state_dict, is_loading, metadata)
         return state
     sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
     of_param = {entry.data: entry for entry in nested_values(sharded)}
@@ -90,53 +89,76 @@ def _share(
     }
     params = [p for buffer in optimizer.buffers for p in buffer.param_index_map]
     return {
-        number: _pieces(optimizer, of_param[param], param, *ranges[param])
+        number: _factory(optimizer, of_param[param], param, *ranges[param])
         for number, param in enumerate(params)
         if param in ranges
     }
 
 
-def _pieces(optimizer: Any, entry: Any, param: Any, start: int, end: int) -> dict[str, Any]:
-    """Weight in FP32 and moments of the elements start to end of a parameter, as sharded tensors.
+def _factory(optimizer: Any, entry: Any, param: Any, start: int, end: int) -> Any:
+    """A factory of what there is of the elements start to end of a parameter.
 
     Args:
         entry: says how the parameter is sharded.
     """
-    tensors = optimizer._get_main_param_and_optimizer_states(param)
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    state = optimizer._get_main_param_and_optimizer_states(param)
     keys = ("param", *optimizer.optimizer_state_keys)
-    shares = {key: tensors[key].detach().float().view(-1) for key in keys}
+    shares = {key: state[key].detach() for key in keys}
+    ranges = [(part, max(start, a) - a, min(end, b) - a) for part, a, b in _parts(entry)]
+    instance = optimizer.distributed_optimizer_instance_id
+    pieces = partial(_pieces, ranges=ranges, instance=instance)
+    return ShardedTensorFactory(entry.key, shares, pieces, _never_merged)
+
+
+def _pieces(
+    key: str, shares: dict[str, torch.Tensor], *_: Any, ranges: list[Any], instance: int
+) -> dict[str, Any]:
+    """Weight in FP32 and moments of some elements of a parameter, as sharded tensors.
+
+    Args:
+        key: of the parameter.
+        shares: the elements, in order, by what they are.
+        ranges: the sharded tensors of the parameter, and the range of each that the elements are.
+        instance: number of the optimizer among those whose ranks have the same.
+    """
+    flat = {kind: share.float().view(-1) for kind, share in shares.items()}
     found, at = {}, 0
-    for first, part in _parts(entry):
-        from_, to = max(start, first), min(end, first + part.data.numel())
+    for part, start, end in ranges:
         # Of ranks that have the same of a parameter, one in each dimension writes it: those of data
         # parallelism have different ranges.
-        *others, _ = part.replica_id
-        replica = (*others, optimizer.distributed_optimizer_instance_id)
-        for i, box in enumerate(boxes(tuple(part.data.shape), from_ - first, to - first)):
+        replica = (*part.replica_id[:-1], instance)
+        for i, box in enumerate(boxes(part.local_shape, start, end)):
             begin, at = at, at + math.prod(box.sizes)
-            for key, flat in shares.items():
-                name = f"optimizer.state.{key}.{part.key}"
-                found[f"{name}.{i}"] = _piece(part, name, box, flat[begin:at], replica)
+            for kind, elements in flat.items():
+                name = f"optimizer.state.{kind}.{part.key}"
+                found[f"{name}.{i}"] = _piece(part, name, box, elements[begin:at], replica)
     return found
 
 
-def _parts(entry: Any) -> list[tuple[int, Any]]:
-    """The sharded tensors a parameter is saved as, after the number of its first element each:
-    Mamba's projections are several."""
+def _never_merged(*_: Any) -> Any:
+    """Megatron's own sharded tensors are loaded."""
+    raise NotImplementedError
+
+
+def _parts(entry: Any) -> list[tuple[Any, int, int]]:
+    """The sharded tensors a parameter is saved as, each with the range of the parameter's elements
+    that it is: Mamba's projections are several."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+    size = entry.data.numel()
     if isinstance(entry, ShardedTensor):
-        return [(0, entry)]
+        return [(entry, 0, size)]
     holder = {"entry": replace(entry, data=entry.data.detach().to("meta"))}  # without memory
     apply_factories(holder)
-    parts = [(int(part.data.storage_offset()), part) for part in nested_values(holder)]
-    parts.sort(key=lambda numbered: numbered[0])
-    end = 0
-    for first, part in parts:
-        assert first == end and part.data.is_contiguous(), part
-        end += part.data.numel()
-    assert end == entry.data.numel(), f"{entry.key} is not a row of parts"
+    parts, end = [], 0
+    for part in sorted(nested_values(holder), key=lambda part: part.data.storage_offset()):
+        assert part.data.storage_offset() == end and part.data.is_contiguous(), part
+        start, end = end, end + part.data.numel()
+        parts.append((replace(part, data=None), start, end))
+    assert end == size, f"{entry.key} is not a row of parts"
     return parts
 
 

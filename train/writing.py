@@ -1,11 +1,9 @@
 """How a checkpoint's bytes get to the disk: here or in a forked process, no failure unnoticed."""
 
 import contextlib
-import errno
 import logging
 import os
 import queue
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,23 +16,21 @@ import torch.distributed as dist
 from data.ranks import raise_together
 from parallel.host_memory import go_without
 from recipes.errors import CheckpointError
-from train.checksums import Following, Sum
+from train.checksums import Sum
 from train.forked import Mailbox, work_for
 from train.rundir import unusable
 from train.saver import Saver
+from train.shards import write_shards
 
-_MEGATRON = "megatron.core.dist_checkpointing.strategies"
 _DIED = "the process that wrote it died"
-_FULL = 2**20
-"""A disk with fewer bytes left counts as full: torch reports that as a nameless RuntimeError."""
 
 
 @dataclass
 class _Report:
     """What became of a write."""
 
-    reasons: list[str] = field(default_factory=list)
-    """Why it failed; empty: it did not."""
+    error: OSError | str | None = None
+    """Why it failed; None: it did not."""
     sums: dict[str, Sum] = field(default_factory=dict)
     """Of the files written."""
 
@@ -79,9 +75,7 @@ class Writer:
         if request.async_fn is None:
             self._reports.put(_Report())
         else:
-            request = request._replace(
-                async_fn=_Telling(request.async_fn, self._reports),
-            )
+            request = request._replace(async_fn=_Telling(self._reports))
         request.finalize_fns.insert(0, self._check)
         with self.explained():
             if background:
@@ -149,11 +143,8 @@ class Writer:
         """Turn a disk that is full, read-only, ... into one sentence for the user."""
         try:
             yield
-        except (OSError, RuntimeError) as error:
-            reason = self._reason(error)
-            if reason is None:
-                raise
-            raise self._failed(reason) from error
+        except OSError as error:
+            raise self._failed(error) from error
 
     @contextlib.contextmanager
     def _death_told(self) -> Iterator[None]:
@@ -167,13 +158,8 @@ class Writer:
         try:
             report = self._reports.get_nowait()
         except queue.Empty:
-            report = _Report([_DIED])
-        error = None
-        if report.reasons:
-            reason = report.reasons[0]
-            number = re.search(r"\[Errno (\d+)\]", reason)
-            known = OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-            error = self._failed(known or self._reason(RuntimeError(reason)) or reason)
+            report = _Report(_DIED)
+        error = self._failed(report.error) if report.error is not None else None
         try:
             raise_together(error)
         except CheckpointError:
@@ -190,13 +176,6 @@ class Writer:
             reason = f"{reason}; see run.dir={self._run_dir}/logs; the last checkpoint is intact"
         return CheckpointError(f"{self._path.name} was not saved: {reason}")
 
-    def _reason(self, error: OSError | RuntimeError) -> OSError | None:
-        if isinstance(error, OSError):
-            return error
-        if shutil.disk_usage(self._run_dir).free < _FULL:
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return None
-
     def _queue(self) -> Any:
         if self._background is None:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -206,59 +185,30 @@ class Writer:
 
 
 class _Telling:
-    """Calls Megatron's write function and puts into a mailbox why it failed, or what it wrote.
+    """Stands where Megatron's write function does; puts into a mailbox what it wrote, or why not.
 
-    Megatron's writer logs the reason, then raises another error, or returns.
+    Megatron's logs the reason and raises another error, or returns.
     """
 
-    def __init__(self, write: Callable[..., None], reports: Mailbox) -> None:
-        self._write, self._reports, self._trainer = write, reports, os.getpid()
+    def __init__(self, reports: Mailbox) -> None:
+        self._reports, self._trainer = reports, os.getpid()
 
     def __call__(self, rank: int, buckets: list[Any], results: Any) -> None:
-        """With the arguments of Megatron's: buckets are (path, name, data) of a file each."""
-        files = Following([Path(bucket[0]) for bucket in buckets])
-        report = _Report()
-        collector = _Collector(logging.ERROR)
-        logger = logging.getLogger(f"{_MEGATRON}.filesystem_async")
-        logger.addHandler(collector)
-        if os.getpid() != self._trainer:
+        """With the arguments of Megatron's."""
+        forked = os.getpid() != self._trainer
+        if forked:
             work_for(self._trainer)
             go_without()
         try:
-            with files.following(), _no_crc():
-                self._write(rank, buckets, results)
-            if not collector.texts:
-                report.sums = files.sums()
-        except Exception as error:  # raised again on every rank, by the first finaliser
-            collector.texts.append(f"{type(error).__name__}: {error}")
+            written, sums = write_shards(buckets)
+            results.put(written)
+            report = _Report(sums=sums)
+        except OSError as error:  # raised again on every rank, by the first finaliser
+            report = _Report(error)
+        except Exception as error:
+            report = _Report(f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:
-            if os.getpid() == self._trainer:
+            if not forked:
                 raise
             os._exit(130)  # the trainer was interrupted too, and says so
-        finally:
-            logger.removeHandler(collector)
-        report.reasons = collector.texts
         self._reports.put(report)
-
-
-@contextlib.contextmanager
-def _no_crc() -> Iterator[None]:
-    """Inside, PyTorch's archives go without CRC-32, a third of the time they take: integrity.json
-    has a checksum of every file."""
-    from torch.serialization import get_crc32_options, set_crc32_options
-
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
-
-
-class _Collector(logging.Handler):
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())

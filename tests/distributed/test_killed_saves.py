@@ -12,6 +12,7 @@ import resource
 import signal
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from itertools import batched
 from pathlib import Path
@@ -57,6 +58,7 @@ class Executioner:
     def __init__(self, folder: Path, event: int | None, log: Path) -> None:
         self._folder, self._event, self._trainer = f"{folder}/", event, os.getpid()
         self._count = mmap.mmap(-1, 8)  # shared with a forked writer
+        self._one_at_a_time = threading.Lock()  # a rank writes two shards side by side
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sys.addaudithook(self._audit)
         sync: Callable[[int], None] = os.fsync
@@ -82,12 +84,13 @@ class Executioner:
         text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         if not text.startswith(self._folder):
             return
-        (count,) = struct.unpack("q", self._count[:8])
-        self._count[:8] = struct.pack("q", count + 1)
-        os.write(self._log, f"{kind} {Path(text).name}\n".encode())
-        if count == self._event:
-            os.kill(self._trainer, signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._one_at_a_time:
+            (count,) = struct.unpack("q", self._count[:8])
+            self._count[:8] = struct.pack("q", count + 1)
+            os.write(self._log, f"{kind} {Path(text).name}\n".encode())
+            if count == self._event:
+                os.kill(self._trainer, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def keep_saving(

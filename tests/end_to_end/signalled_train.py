@@ -6,7 +6,6 @@ from a terminal."""
 import os
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from recipes.compose import run_cli
@@ -14,33 +13,19 @@ from recipes.schema import Recipe
 
 
 def main(recipe: Recipe) -> int:
-    from train import run
+    from train import run, writing
 
-    original, trainer = run.train, os.getpid()
+    trainer, write = os.getpid(), writing.write_shards
 
-    def start(*arguments: Any) -> int:
-        from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-            FileSystemWriterAsync,
-        )
-
-        write = FileSystemWriterAsync.write_preloaded_data_multithread
-        signalled = _signalled(write, trainer)
-        FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(signalled)
-        return original(*arguments)
-
-    run.train = start  # type: ignore[assignment]
-    return run.run(recipe)
-
-
-def _signalled(write: Callable[..., None], trainer: int) -> Callable[..., None]:
-    def writing(transforms: Any, use_msc: bool, rank: int, buckets: Any, results: Any) -> None:
-        first = "iter_0000004" in buckets[0][0]
+    def signalled(buckets: list[Any]) -> Any:
+        first = "iter_0000004" in str(buckets[0][0])
         for number in _SIGNALS if first else []:
             for process in {trainer, os.getpid()}:
                 os.kill(process, number)
-        write(transforms, use_msc, rank, buckets, results)
+        return write(buckets)
 
-    return writing
+    writing.write_shards = signalled
+    return run.run(recipe)
 
 
 if __name__ == "__main__":
