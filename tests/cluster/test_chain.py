@@ -52,8 +52,9 @@ def test_preempted_by_another_partition(submission: Submission, straight: Path) 
     assert not (submission.run / "strikes").exists()
 
 
-def test_a_killed_rank(submission: Submission, straight: Path) -> None:
-    job = submission.submit()
+@pytest.mark.parametrize("background", [False, True])
+def test_a_killed_rank(background: bool, submission: Submission, straight: Path) -> None:
+    job = submission.submit(f"checkpoint.async_save={str(background).lower()}")
     submission.wait_for_step(7)
     submission.ranks(job)[3].kill()
     complete(submission, straight)

@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 def test_warned_twice_it_goes_on_bit_for_bit(submission: Submission, straight: Path) -> None:
-    job = submission.submit()
+    """With processes that save beside the ranks of two nodes."""
+    job = submission.submit("checkpoint.async_save=true")
     submission.wait_for_step(3)
     assert f"running: job {job} on n[1-2]" in submission.status()
     submission.warn(job)

@@ -98,17 +98,20 @@ def test_one_rank_saves_the_same_without_a_copy(precision: str, tmp_path: Path) 
     assert written == every == in_place > 1e6
 
 
+RUN_LESS = (Case("cp2", context=2), Case("dp4", data=4))
 SHARED = (
     Case("dp2", data=2),
-    Case("cp2", context=2),
-    Case("dp4", data=4),
     Case("dp4 ep2", data=4, expert_model=2),
     Case("tp2 dp2", tensor_model=2, data=2),
     Case("pp2 dp2", pipeline_model=2, data=2),
 )
 
 
-@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*SHARED, *(pytest.param(case, marks=pytest.mark.slow) for case in RUN_LESS)],
+    ids=lambda case: case.name,
+)
 def test_ranks_save_their_shares(case: Case, tmp_path: Path) -> None:
     sizes = run_distributed(_both, case.ranks, case, "bf16", tmp_path / "run")
     written, every, in_place = zip(*sizes, strict=True)
