@@ -373,13 +373,15 @@ def _garbage_left_alone() -> Iterator[None]:
     """Inside, Python's collector passes over what is there and does not start by itself. Megatron
     starts it whenever it is asked for the optimizer's state, and before every fork, to go through
     millions of objects that live as long as the run."""
+    automatic = gc.isenabled()
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
         gc.unfreeze()
+        if automatic:
+            gc.enable()
 
 
 def _clear(path: Path) -> None:
