@@ -372,7 +372,7 @@ class Checkpointer:
 def _garbage_left_alone() -> Iterator[None]:
     """Inside, Python's collector passes over what is there and does not start by itself. Megatron
     starts it whenever it is asked for the optimizer's state, and before every fork, to go through
-    millions of objects that live as long as the run."""
+    all that lives as long as the run."""
     automatic = gc.isenabled()
     gc.freeze()
     gc.disable()
